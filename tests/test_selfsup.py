@@ -1,0 +1,119 @@
+"Pre-training and matching across modules: what one stage writes, the next one reads; work is saved where it is claimed."
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from synapse_nb.core import SynapseError, rng, set_seed
+from synapse_nb.models.base import EncoderModel, Head
+from synapse_nb.models.match import MatchModel, clip_loss, match_step
+from synapse_nb.selfsup.losses import nt_xent
+from synapse_nb.selfsup.mae import MAE, MAEEncoder, evaluate_mae, load_mae, mae_step, save_mae
+from synapse_nb.selfsup.masking import WienerInterpolator, block_mask, expand_mask, interpolate, make_mask, masked_scores
+
+
+@pytest.mark.parametrize("kind", ["random", "block"])
+@pytest.mark.parametrize("n,ratio,min_len", [(52, 0.75, 3), (13, 0.5, 2), (5, 0.9, 1), (2, 0.5, 4), (125, 0.1, 20)])
+def test_every_row_hides_the_same_number_and_never_all(kind, n, ratio, min_len):
+    for seed in range(20):
+        m = make_mask(kind, 9, n, ratio, min_len, torch.Generator().manual_seed(seed))
+        counts = m.sum(1)
+        assert m.shape == (9, n) and len(set(counts.tolist())) == 1 and 0 < counts[0] < n
+
+
+def test_blocks_cover_every_place():
+    m = torch.cat([block_mask(64, 20, 0.5, 3, torch.Generator().manual_seed(s)) for s in range(40)]).float().mean(0)
+    assert m.min() > 0.1 and m[3:-3].min() > 0.4 and m.max() < 0.75
+
+
+@pytest.mark.parametrize("n_chans,n_times,patch", [(1, 8, 4), (3, 208, 4), (7, 50, 16), (22, 500, 16)])
+def test_mae_takes_any_channel_count_and_length(n_chans, n_times, patch):
+    m = MAE(n_chans, n_times, patch)
+    out = m(torch.randn(2, n_chans, n_times))
+    assert out["pred"].shape == (2, n_chans, n_times) and torch.isfinite(out["loss"])
+    assert m.encoder(torch.randn(2, n_chans, n_times)).shape == (2, m.encoder.n_tokens, m.encoder.d_model)
+
+
+def test_loss_ignores_what_was_visible():
+    set_seed(0)
+    m, x = MAE(3, 40, 4).eval(), torch.randn(2, 3, 40)
+    mask = make_mask("random", 2, 10, 0.5, generator=torch.Generator().manual_seed(1))
+    out = m(x, mask)
+    h = expand_mask(mask, 4, 40)[:, None].expand_as(x)
+    assert torch.allclose(out["loss"], (out["pred"] - x)[h].pow(2).mean())
+    changed = torch.where(h, x + 5, x)
+    assert torch.allclose(m(changed, mask)["pred"], out["pred"])            # hidden values never reach the prediction
+
+
+def test_channel_masks_count_hidden_channels():
+    m = MAE(8, 40, 4, mask_ratio=0, channel_ratio=0.5)
+    out = m(torch.randn(4, 8, 40))
+    assert (out["hidden"].all(2).sum(1) == 4).all() and m.mask == "random"
+    both = MAE(8, 40, 4, mask_ratio=0.5, channel_ratio=0.25)(torch.randn(4, 8, 40))["hidden"]
+    assert both.float().mean() == pytest.approx(1 - 0.5 * 0.75)
+
+
+def test_checkpoint_goes_into_classifier_and_matching(tmp_path):
+    set_seed(0)
+    m = MAE(5, 48, 4)
+    enc = load_mae(save_mae(m, tmp_path / "mae")).encoder
+    x = torch.randn(3, 5, 48)
+    assert torch.equal(enc(x), m.encoder(x))
+    assert EncoderModel(enc, Head(enc.n_tokens, enc.d_model, 4))(x).shape == (3, 4)
+    match = MatchModel(enc, 16)
+    out = match_step(match, {"x": x, "target": torch.randn(3, 16), "image_id": torch.tensor([4, 4, 9])})
+    out["loss"].backward()
+    assert match.logit_scale.grad is not None and enc.embed.weight.grad is not None
+
+
+def test_same_seed_same_weights_and_loss():
+    def run():
+        set_seed(5)
+        m = MAE(4, 40, 4); opt = torch.optim.AdamW(m.parameters(), lr=1e-3); x = torch.from_numpy(rng(0, "x").normal(size=(16, 4, 40)).astype(np.float32))
+        for _ in range(3): loss = mae_step(m, {"x": x})["loss"]; opt.zero_grad(); loss.backward(); opt.step()
+        return loss.item(), m.out.weight.detach().clone()
+    (a, wa), (b, wb) = run(), run()
+    assert a == b and torch.equal(wa, wb)
+
+
+def test_only_visible_tokens_cost():
+    "Encoder on a quarter of the tokens: well under half of the CPU time of all (ABBA pairs, median)."
+    e, x = MAEEncoder(8, 512, 4, d_model=128, depth=4), torch.randn(8, 8, 512)
+    few = torch.arange(32).expand(8, -1)
+    def cpu(v):
+        t = time.process_time(); e(x, v); return time.process_time() - t
+    with torch.no_grad():
+        cpu(None); cpu(few)
+        pairs = [(cpu(few), cpu(None), cpu(None), cpu(few)) for _ in range(5)]
+    assert np.median([(a + d) / (b + c) for a, b, c, d in pairs]) < 0.6
+
+
+def test_wiener_is_the_conditional_mean():
+    "On one channel of an AR(1) process, the gap's filling is the textbook one, and no other interpolation is better."
+    g = rng(1, "ar")
+    x = np.zeros((3000, 1, 24)); x[:, 0, 0] = g.normal(size=3000) / np.sqrt(1 - .81)
+    for t in range(1, 24): x[:, 0, t] = 0.9 * x[:, 0, t - 1] + g.normal(size=3000)
+    hidden = np.zeros((3000, 24), bool); hidden[:, 12] = True
+    w = WienerInterpolator(noise=0).fit(x).fill(x, hidden)[:, 0, 12]
+    exact = 0.9 / 1.81 * (x[:, 0, 11] + x[:, 0, 13])
+    assert np.corrcoef(w, exact)[0, 1] > 0.999
+    hid = expand_mask(block_mask(3000, 24, 0.5, 3), 1, 24).numpy()
+    r2 = {k: masked_scores(interpolate(x, hid, k), x, hid)["r2"] for k in ("linear", "cubic", "pchip")}
+    assert masked_scores(WienerInterpolator().fit(x).fill(x, hid), x, hid)["r2"] > max(r2.values())
+
+
+def test_evaluation_rows_and_seed():
+    set_seed(0)
+    m, x = MAE(3, 40, 4, mask="block", min_len=2), rng(0, "w").normal(size=(20, 3, 40)).astype(np.float32)
+    rows = evaluate_mae(m, x, x)
+    assert [r["model"] for r in rows] == ["mae", "nearest", "linear", "cubic", "pchip", "akima", "wiener"] and rows == evaluate_mae(m, x, x)
+
+
+def test_repeats_are_no_negatives():
+    e = torch.eye(4)[[0, 0, 1, 2]]
+    p = e.clone().requires_grad_()
+    clip_loss(p, e, 100.0, torch.tensor([7, 7, 8, 9])).backward()
+    assert p.grad.abs().max() < 1e-3
+    with pytest.raises(SynapseError, match="out_dim"): clip_loss(p, e[:, :3])
+    with pytest.raises(SynapseError, match="2 trials"): nt_xent(e[:1], e[:1])
