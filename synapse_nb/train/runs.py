@@ -45,7 +45,7 @@ def run_state_of(path) -> str:
     "`finished`, `failed` (it said why), `running` (a process holds the lock), `broken` (it was killed) or `new` (never started)."
     path = Path(path)
     if _is_held(path / "run.lock"): return "running"
-    if not (path / "status.json").exists(): return "new"
+    if not (path / "status.json").exists(): return "broken" if (path / "run.lock").exists() else "new"   # killed before its first word
     try: said = read_json(path / "status.json").get("state")
     except SynapseError: return "broken"
     return said if said in ("finished", "failed") else "broken"
