@@ -180,9 +180,10 @@ def check_study(study: Study, recordings=None) -> dict:
         ev = study.read_events(r); check_events(ev, r, study.size(r)[1], images); seen[r.key] = len(ev)
     return seen
 
-# %% ../../nbs/studies/20_study.ipynb #9b6e87ca
+# %% ../../nbs/studies/20_study.ipynb #cd47300d
 _STUDIES: dict[str, type] = {}
-_HOMES = {"n170": "eegnb", "p300": "eegnb", "left_right": "eegnb", "ssvep": "eegnb", "things_eeg": "things", "things_meg": "things", "things_meg_epochs": "things", "god": "god", "movie": "movie"}
+_HOMES = {"n170": "eegnb", "p300": "eegnb", "left_right": "eegnb", "ssvep": "eegnb", "things_eeg": "things", "things_meg": "things", "things_meg_epochs": "things", "god": "god", "movie": "films",
+          "things_eeg2": "things_eeg2", "things_eeg2_epochs": "things_eeg2"}
 
 def register_study(*names):
     "Class decorator: make a study known to `get_study` by these names."
@@ -264,7 +265,7 @@ def _sidecar(path: Path, root: Path, suffix: str) -> Path | None:
 
 _BIDS_TYPES = {"EEG": "eeg", "EOG": "eog", "HEOG": "eog", "VEOG": "eog", "ECG": "ecg", "EMG": "emg", "TRIG": "stim", "MISC": "misc", "AUDIO": "misc", "GSR": "misc", "PPG": "misc", "RESP": "resp"}
 
-# %% ../../nbs/studies/20_study.ipynb #5a6f9548
+# %% ../../nbs/studies/20_study.ipynb #d3fa79a3
 def _bids_channels(study, rec: Recording) -> pd.DataFrame | None:
     "The `channels.tsv` that applies to `rec`, by name."
     side = _sidecar(rec.path, study.root, "_channels.tsv")
@@ -285,6 +286,7 @@ def _bids_positions(study, rec: Recording, raw) -> None:
         raw.set_montage(mne.channels.make_dig_montage(dict(zip(t.name[ok].astype(str), xyz[ok])), coord_frame="head"), match_case=False, on_missing="ignore", verbose="ERROR")
     else: _set_montage(raw)
 
+# %% ../../nbs/studies/20_study.ipynb #7c885251
 def _bids_raw(study, rec: Recording):
     "The raw with the types and bad channels of `channels.tsv`."
     raw = read_raw(rec.path); ch = _bids_channels(study, rec)
