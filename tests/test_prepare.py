@@ -182,7 +182,7 @@ def test_real_headband(test_data, tmp_path):
 
 def test_the_simulated_study_gives_back_its_clocks(tmp_path):
     from synapse_nb.studies.simulate import simulate_study
-    simulate_study(tmp_path / "sim", n_subjects=1, quick=True, progress_bar=False); study = get_study("simulated", tmp_path / "sim"); study.check()
+    simulate_study(tmp_path / "sim", n_subjects=1, quick=True, progress=False); study = get_study("simulated", tmp_path / "sim"); study.check()
     for p in prepare(study, tmp_path / "store", "resample(100)", progress=False):
         sub, ses, run, kind = p.key.split("_"); z = np.load(tmp_path / "sim" / "truth" / f"{sub}_{ses}_task-pictures_{run}_{kind}.npz")
         ev = open_store(p.path).events; row = ev.trial_id.str[-4:].astype(int).to_numpy()

@@ -106,8 +106,32 @@ def _run_window(x, pipe: WindowPipeline, sfreq: float, tmin: float):
         else: x = WindowPipeline((s,)).apply(x.transpose(1, 2), sfreq, tmin).transpose(1, 2)
     return x
 
-# %% ../../nbs/data/17_windows.ipynb #ffb6dc71
-class _Trials(Dataset):
+# %% ../../nbs/data/17_windows.ipynb #47af47a0
+class _Fewer(Dataset):
+    "Leaving trials out."
+    def _keep(self, keep: np.ndarray) -> None:
+        "Only the trials of this mask."
+        self._start, self._store, self._ids, mask = self._start[keep], self._store[keep], self._ids[keep], torch.from_numpy(np.array(keep))      # a copy: pandas hands out read-only masks
+        self._y, self._subject = self._y[mask], self._subject[mask]
+        self.events = self.events[keep].reset_index(drop=True)
+
+    def _reject(self, reject) -> None:
+        "Leave out the trials that swing more than `reject`."
+        types = np.array([self.stores[0].ch_types[self.stores[0].ch_names.index(c)] for c in self.ch_names])
+        limit = np.array([reject.get(t, np.inf) if isinstance(reject, dict) else reject for t in types], np.float64)
+        keep, worst = np.ones(len(self), bool), None
+        for a in range(0, len(self), 256):
+            x = self._cut(np.arange(a, min(a + 256, len(self))))
+            over = (np.ptp(x, 1) > limit)
+            keep[a:a + len(x)] = ~over.any(1)
+            worst = over.sum(0) if worst is None else worst + over.sum(0)
+        if not keep.any(): raise SynapseError(f"Every trial swings more than the limit of {reject}; are the data in V and T? Worst channel: {self.ch_names[int(worst.argmax())]}.")
+        self.dropped.update({t: f"swings more than {reject}" for t in self.events["trial_id"][~keep]})
+        if not keep.all(): log.info("%d of %d trials left out, they swing more than %s (worst channel %s)", (~keep).sum(), len(keep), reject, self.ch_names[int(worst.argmax())])
+        self._keep(keep)
+
+# %% ../../nbs/data/17_windows.ipynb #a62c5637
+class _Trials(_Fewer):
     "Which trials are served: those whose window lies in the recording, that have a label and do not swing too much; the others are in `.dropped`."
     def _take(self, ev: pd.DataFrame, classes, subjects) -> None:
         "The trials that can be served, and their labels."
@@ -131,27 +155,6 @@ class _Trials(Dataset):
         self._ids = np.array([int(text_hash(t, 15), 16) for t in self.events["trial_id"]], np.int64)
         self.subjects = list(subjects) if subjects is not None else sorted(self.events["subject"].astype(str).unique())
         self._subject = torch.tensor([self.subjects.index(s) if s in self.subjects else -1 for s in self.events["subject"].astype(str)])
-
-    def _keep(self, keep: np.ndarray) -> None:
-        "Only the trials of this mask."
-        self._start, self._store, self._ids = self._start[keep], self._store[keep], self._ids[keep]
-        self._y, self._subject = self._y[torch.from_numpy(keep)], self._subject[torch.from_numpy(keep)]
-        self.events = self.events[keep].reset_index(drop=True)
-
-    def _reject(self, reject) -> None:
-        "Leave out the trials that swing more than `reject`."
-        types = np.array([self.stores[0].ch_types[self.stores[0].ch_names.index(c)] for c in self.ch_names])
-        limit = np.array([reject.get(t, np.inf) if isinstance(reject, dict) else reject for t in types], np.float64)
-        keep, worst = np.ones(len(self), bool), None
-        for a in range(0, len(self), 256):
-            x = self._cut(np.arange(a, min(a + 256, len(self))))
-            over = (np.ptp(x, 1) > limit)
-            keep[a:a + len(x)] = ~over.any(1)
-            worst = over.sum(0) if worst is None else worst + over.sum(0)
-        if not keep.any(): raise SynapseError(f"Every trial swings more than the limit of {reject}; are the data in V and T? Worst channel: {self.ch_names[int(worst.argmax())]}.")
-        self.dropped.update({t: f"swings more than {reject}" for t in self.events["trial_id"][~keep]})
-        if not keep.all(): log.info("%d of %d trials left out, they swing more than %s (worst channel %s)", (~keep).sum(), len(keep), reject, self.ch_names[int(worst.argmax())])
-        self._keep(keep)
 
 # %% ../../nbs/data/17_windows.ipynb #61cf2cb0
 class _Served(_Trials):
@@ -186,41 +189,9 @@ class _Served(_Trials):
         if not -len(self) <= i < len(self): raise IndexError(i)
         return {k: v[0] for k, v in self.__getitems__([i % len(self)]).items()}
 
-# %% ../../nbs/data/17_windows.ipynb #4c13f7b0
-class Windows(_Served):
-    """Windows of the trials in `events` (default: all in the stores) as a torch dataset that serves whole batches.
-
-    `stores`: `Store`s or paths, all of one rate. A window starts `tmin` s from the onset and has `round((tmax - tmin)*sfreq)` samples; `window` is a
-    `WindowPipeline` text or preset name. `picks`: channel names, a region or type (see `channels_in`); default the channels common to all stores and bad in none.
-    `labels`: the column that y comes from (trials without one are left out); None: no labels, y is 0. `reject`: largest peak-to-peak value (V, T or T/m; a number or
-    {type: number}), trials above are left out. Whatever is left out stands in `.dropped`: trial_id -> why. `transform(batch, seed, epoch, ids)` runs last on each batch
-    (see `data.augment`; `ids` are 64-bit numbers made from the trial ids). `contiguous=False` gives x as a transposed view, faster. `beside`: {name: {image: array}} or {name: function(rows of .events) -> array}, served with each trial.
-    """
-    def __init__(self, stores, events: pd.DataFrame | None = None, tmin: float = -0.1, tmax: float = 0.5, window="", picks=None, labels: str | None = "category", *,
-                 classes=None, subjects=None, reject=None, whiten=None, transform=None, beside=None, contiguous: bool = True, seed: int = 0, verify: bool = True):
-        stores = [stores] if isinstance(stores, (Store, str)) or hasattr(stores, "__fspath__") else list(stores)
-        if not stores: raise SynapseError("There are no stores to cut windows from; run `prepare` first.")
-        self.stores = [open_store(s, verify) for s in stores]
-        rates = {s.sfreq for s in self.stores}
-        if len(rates) > 1: raise SynapseError(f"The stores have different rates ({', '.join(f'{r:g}' for r in sorted(rates))} Hz); prepare them with one pipeline.")
-        self.sfreq, self.tmin, self.tmax, self.labels = self.stores[0].sfreq, float(tmin), float(tmax), labels
-        self.window, self.n_raw = WindowPipeline.parse(window), round((tmax - tmin)*self.sfreq)
-        if self.n_raw < 1: raise SynapseError(f"A window from {tmin} to {tmax} s holds no sample; tmax must lie after tmin.")
-        self.n_times, self.t_first = self.window.span(self.n_raw, self.sfreq, self.tmin)
-        self.ch_names = _common_channels(self.stores, picks)
-        self._cols = [_columns(s, self.ch_names) for s in self.stores]
-        self.transform, self.beside, self.contiguous, self.seed, self.epoch, self._buffers = transform, beside or {}, contiguous, seed, 0, _Buffers()
-        self.dropped: dict[str, str] = {}
-        self.whiten = whiten
-        self._take(_joined(self.stores, events), classes, subjects)
-        if reject is not None: self._reject(reject)
-
-    def __repr__(self): return f"Windows({len(self)} × {self.n_chans} channels × {self.n_times} samples at {self.sfreq:g} Hz, {len(self.stores)} recordings, {len(self.classes)} classes, {len(self.dropped)} left out)"
-    n_chans = property(lambda self: len(self.ch_names))
-    y = property(lambda self: self._y.numpy())
-    chs_info = property(lambda self: list(self.mne_info()["chs"]))
-    times = property(lambda self: self.t_first + np.arange(self.n_times)/self.sfreq)
-
+# %% ../../nbs/data/17_windows.ipynb #7f7c4090
+class _Views(_Served):
+    "The same windows seen otherwise: some trials of them, whitened, as arrays, as an `mne.Info`."
     def mne_info(self):
         "The `mne.Info` of the picked channels, for topomaps."
         import mne
@@ -260,6 +231,41 @@ class Windows(_Served):
             for a in range(0, len(self), batch_size): X[a:a + batch_size] = self.__getitems__(np.arange(a, min(a + batch_size, len(self))))["x"].numpy()
         finally: self.transform = t
         return X, self.y.copy()
+
+# %% ../../nbs/data/17_windows.ipynb #94c0700e
+class Windows(_Views):
+    """Windows of the trials in `events` (default: all in the stores) as a torch dataset that serves whole batches.
+
+    `stores`: `Store`s or paths, all of one rate. A window starts `tmin` s from the onset and has `round((tmax - tmin)*sfreq)` samples; `window` is a
+    `WindowPipeline` text or preset name. `picks`: channel names, a region or type (see `channels_in`); default the channels common to all stores and bad in none.
+    `labels`: the column that y comes from (trials without one are left out); None: no labels, y is 0. `reject`: largest peak-to-peak value (V, T or T/m; a number or
+    {type: number}), trials above are left out. Whatever is left out stands in `.dropped`: trial_id -> why. `transform(batch, seed, epoch, ids)` runs last on each batch
+    (see `data.augment`; `ids` are 64-bit numbers made from the trial ids). `contiguous=False` gives x as a transposed view, faster. `beside`: {name: {image: array}} or {name: function(rows of .events) -> array}, served with each trial.
+    """
+    def __init__(self, stores, events: pd.DataFrame | None = None, tmin: float = -0.1, tmax: float = 0.5, window="", picks=None, labels: str | None = "category", *,
+                 classes=None, subjects=None, reject=None, whiten=None, transform=None, beside=None, contiguous: bool = True, seed: int = 0, verify: bool = True):
+        stores = [stores] if isinstance(stores, (Store, str)) or hasattr(stores, "__fspath__") else list(stores)
+        if not stores: raise SynapseError("There are no stores to cut windows from; run `prepare` first.")
+        self.stores = [open_store(s, verify) for s in stores]
+        rates = {s.sfreq for s in self.stores}
+        if len(rates) > 1: raise SynapseError(f"The stores have different rates ({', '.join(f'{r:g}' for r in sorted(rates))} Hz); prepare them with one pipeline.")
+        self.sfreq, self.tmin, self.tmax, self.labels = self.stores[0].sfreq, float(tmin), float(tmax), labels
+        self.window, self.n_raw = WindowPipeline.parse(window), round((tmax - tmin)*self.sfreq)
+        if self.n_raw < 1: raise SynapseError(f"A window from {tmin} to {tmax} s holds no sample; tmax must lie after tmin.")
+        self.n_times, self.t_first = self.window.span(self.n_raw, self.sfreq, self.tmin)
+        self.ch_names = _common_channels(self.stores, picks)
+        self._cols = [_columns(s, self.ch_names) for s in self.stores]
+        self.transform, self.beside, self.contiguous, self.seed, self.epoch, self._buffers = transform, beside or {}, contiguous, seed, 0, _Buffers()
+        self.dropped: dict[str, str] = {}
+        self.whiten = whiten
+        self._take(_joined(self.stores, events), classes, subjects)
+        if reject is not None: self._reject(reject)
+
+    def __repr__(self): return f"Windows({len(self)} × {self.n_chans} channels × {self.n_times} samples at {self.sfreq:g} Hz, {len(self.stores)} recordings, {len(self.classes)} classes, {len(self.dropped)} left out)"
+    n_chans = property(lambda self: len(self.ch_names))
+    y = property(lambda self: self._y.numpy())
+    chs_info = property(lambda self: list(self.mne_info()["chs"]))
+    times = property(lambda self: self.t_first + np.arange(self.n_times)/self.sfreq)
 
 # %% ../../nbs/data/17_windows.ipynb #16740b92
 def _turn(x, buffers: _Buffers):
@@ -303,7 +309,7 @@ def _columns(store, names):
     idx = [have.index(c) for c in names]
     return slice(idx[0], idx[-1] + 1) if idx == list(range(idx[0], idx[0] + len(idx))) else np.array(idx)
 
-# %% ../../nbs/data/17_windows.ipynb #9178ca9d
+# %% ../../nbs/data/17_windows.ipynb #70705419
 @dataclass(frozen=True)
 class Whitener:
     "One matrix (n_channels, n_channels) for each session (or person, or all): `windows.whitened(fit_whitener(windows.subset(split.train)))`. `.artefact` says which trials it was fitted on."
@@ -326,6 +332,7 @@ class Whitener:
             out[here] = x[here] @ torch.from_numpy(self.matrices[g]).T
         return out
 
+# %% ../../nbs/data/17_windows.ipynb #d3214de2
 def _noise_group(store, by: str) -> str:
     "The session or person of a recording."
     if by == "all": return "all"

@@ -612,14 +612,13 @@ def load_truth(root) -> Truth:
     p = {k: tuple(tuple(x) if isinstance(x, list) else x for x in v) if isinstance(v, list) else v for k, v in d["preset"].items()}
     return Truth(root, Preset(**p), d["seed"], d["runs"], d["test_images"])
 
-# %% ../../nbs/studies/21_simulate.ipynb #1e50be7b
+# %% ../../nbs/studies/21_simulate.ipynb #dde58bb0
 def simulate_study(root, preset: str | Preset = "easy", seed: int = 0, n_subjects: int = 2, modalities=("meg", "eeg"), n_train_pictures: int = 320, n_test_pictures: int = 40, train_repeats: int = 2,
                    test_repeats: int = 6, quick: bool = False, progress: bool = True, **changes) -> Truth:
     """Simulate a study and write it to `root` as a BIDS folder; returns what was planted.
 
     Numbers of pictures are rounded to whole categories. `quick` makes a tiny one (fewer pictures, two runs) for tests. `changes` are parameters of the preset. A finished study with the same
     settings is not made again, and an interrupted one goes on at its first missing run. Raises `SynapseError` when `root` holds another study."""
-    changes.pop("progress_bar", None)
     root, preset = Path(root), get_preset(preset, **changes)
     modalities = tuple(m for m in modalities if m in preset.modalities)
     if quick: n_train_pictures, n_test_pictures, train_repeats, test_repeats, preset = min(n_train_pictures, 64), min(n_test_pictures, 16), 1, 2, replace(preset, n_runs=min(preset.n_runs, 2))
