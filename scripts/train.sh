@@ -7,4 +7,4 @@ PYTHON="${PYTHON:-python}"
 NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" --max_restarts="${MAX_RESTARTS:-0}" \
-  -m synapse_nb.train.launch --config "$CONFIG" "$@"
+  -m synapse_nb.train.launch "$CONFIG" "$@"

@@ -19,21 +19,29 @@ from ..core import SynapseError, check_file
 from ..dist import close, init_from_env, is_main, rank, run_ranks, world_size
 from .loop import ALWAYS, Callback, History, Run, fit
 
-# %% ../../nbs/train/81_launch.ipynb #72dd5d22
+# %% ../../nbs/train/81_launch.ipynb #e2c8b66c
 class LiveRows(Callback):
     "Rank 0 reports progress as lines for `launch` to read: `@step {…}` about four times a second, `@row {…}` after each training epoch."
     order = 60
     def __init__(self): self.said, self.fit = 0.0, -1
 
-    def on_fit_start(self, run: Run): self.fit += 1
+    def on_fit_start(self, run: Run):
+        self.fit += 1
+        size = getattr(getattr(run.train.loader, "batch_sampler", None), "batch_size", None)
+        if is_main() and size: print(f"{run.desc or 'training'}: {world_size()} rank(s) ({run.parallel}), global batch {size * run.accumulate}, {size / world_size():g} on each" + f" x {run.accumulate} accumulated" * (run.accumulate > 1), flush=True)
+
+    def on_resume(self, run: Run):
+        for row in run.history: self._row(run, row)
+
+    def _row(self, run: Run, row: dict):
+        if is_main(): print("@row " + json.dumps({"fit": self.fit, "desc": run.desc, "of": run.n_epochs, "row": row}), flush=True)
 
     def on_step_end(self, run: Run):
         if not is_main() or time.monotonic() - self.said < 0.25: return
         self.said = time.monotonic()
         print("@step " + json.dumps({"fit": self.fit, "desc": run.desc, "step": run.global_step, "of": run.total_steps}), flush=True)
 
-    def on_epoch_end(self, run: Run):
-        if is_main(): print("@row " + json.dumps({"fit": self.fit, "desc": run.desc, "of": run.n_epochs, "row": run.row}), flush=True)
+    def on_epoch_end(self, run: Run): self._row(run, run.row)
 
 class Screen:
     "What `launch` makes of the lines: a bar and curves in a notebook, one line for each epoch elsewhere; `history` holds the rows of the last training."
@@ -50,7 +58,7 @@ class Screen:
         except ValueError: return
         if kind == "@error": self.error = said["message"]
         elif kind == "@row": self._row(said)
-        elif not self.quiet: self._show(f"{said['desc']} step {said['step']} of {said['of']}".strip())
+        elif not self.quiet: self._show(f"{said['desc']} step {said['step']} of {said['of']}".strip(), said["step"] / max(1, said["of"]))
 
     def _row(self, said: dict) -> None:
         if said["fit"] != self.fit: self.fit, self.history = said["fit"], History()
@@ -58,15 +66,15 @@ class Screen:
         if self.quiet: return
         r = said["row"]
         text = f"{said['desc']} epoch {r['epoch_idx'] + 1} of {said['of']}  ".lstrip() + "  ".join(f"{k} {v:.4g}" for k, v in r.items() if k != "epoch_idx")
-        if "ipykernel" in sys.modules: self._show(text)
+        if "ipykernel" in sys.modules: self._show(text, (r["epoch_idx"] + 1) / max(1, said["of"]))
         else: print(text, flush=True)
 
-    def _show(self, text: str) -> None:
-        "Redraw the live cell output (a line and the loss curves) in a notebook."
+    def _show(self, text: str, share: float) -> None:
+        "Redraw the live cell output (a bar, a line and the loss curves) in a notebook."
         if "ipykernel" not in sys.modules: return
         from html import escape
         from IPython.display import HTML, display
-        html = HTML(f"<pre>{escape(text)}</pre>" + curves_svg(self.history))
+        html = HTML(f'<div><progress value="{share:.4f}" max="1" style="width:320px"></progress><pre style="margin:0">{escape(text)}</pre>{curves_svg(self.history)}</div>')
         if self.handle is None: self.handle = display(html, display_id=True)
         else: self.handle.update(html)
 
@@ -81,26 +89,37 @@ def curves_svg(history, width: int = 320, height: int = 90) -> str:
     key = '<text x="8" y="11" font-size="10" fill="#4c78a8">train_loss</text><text x="75" y="11" font-size="10" fill="#f58518">val_loss</text>'
     return f'<svg width="{width}" height="{height}" role="img" aria-label="loss curves">{key}{drawn}</svg>'
 
-# %% ../../nbs/train/81_launch.ipynb #6edaefed
+# %% ../../nbs/train/81_launch.ipynb #df63a79d
 def find_target(text: str):
     "`module:function` -> the function. Raises `SynapseError` when there is none."
     module, _, name = text.partition(":")
     try: return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e: raise SynapseError(f"--target {text}: {e}; write it as package.module:function.") from None
 
-def main(argv=None) -> int:
-    "`torchrun -m synapse_nb.train.launch --config recipe.toml [--set a.b=c]`: join the ranks and run the recipe (or `--target module:function`)."
+def _arguments(argv=None) -> argparse.Namespace:
+    "The options of `main`."
     p = argparse.ArgumentParser("synapse_nb.train.launch", description=main.__doc__)
-    p.add_argument("--config", required=True, help="recipe (TOML)")
+    p.add_argument("recipe", nargs="?", help="recipe (TOML)")
+    p.add_argument("--config", help="the same, by name")
     p.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting")
+    p.add_argument("--out", help="folder for what is made (default: runs)")
+    p.add_argument("--force", action="store_true", help="do it again even when it is there")
     p.add_argument("--target", default="synapse_nb.train.recipes:run_recipe", help="function(config_path, overrides) to run on each rank")
     p.add_argument("--live", action="store_true", help="report progress as @-lines for `launch`")
     a = p.parse_args(argv)
+    a.config = a.config or a.recipe
+    if a.config is None: p.error("name the recipe")
+    return a
+
+def main(argv=None) -> int:
+    "`torchrun -m synapse_nb.train.launch recipe.toml [--set a.b=c]`: join the ranks and run the recipe (or `--target module:function`); a stopped run goes on."
+    a = _arguments(argv)
     if a.live: ALWAYS.append(LiveRows())
     try:
         init_from_env()
         if not is_main(): sys.stdout = open(os.devnull, "w")
-        find_target(a.target)(check_file(a.config, "recipe"), a.set)
+        more = {k: v for k, v in (("out", a.out), ("force", a.force)) if v}
+        find_target(a.target)(check_file(a.config, "recipe"), a.set, **more)
         close()
     except SynapseError as e:
         if is_main() or world_size() == 1: print(("@error " + json.dumps({"message": str(e)})) if a.live else f"error: {e}", file=sys.__stdout__, flush=True)
@@ -132,12 +151,12 @@ def smoke(config, overrides=()) -> History:
     print(f"{world_size()} rank(s), global batch 32, {32 / world_size():g} on each", flush=True)
     return fit(model, step, loaders[0], val_loader=loaders[1], n_epochs=conf["n_epochs"], lr=1e-2, device="cpu", progress_desc="smoke")
 
-# %% ../../nbs/train/81_launch.ipynb #47032f6d
-def launch(config="", nproc: int = 2, overrides=(), *, target: str | None = None, quiet: bool = False, env: dict | None = None,
+# %% ../../nbs/train/81_launch.ipynb #75561889
+def launch(config="", nproc: int = 2, overrides=(), *, out=None, force: bool = False, target: str | None = None, quiet: bool = False, env: dict | None = None,
            timeout_s: float | None = None, max_restarts: int = 0) -> History:
     """Run a recipe on `nproc` ranks of this machine as a subprocess; shows rank 0's progress live and returns the history of its last training.
 
-    `config`: path of a TOML recipe, or its text. `overrides`: `["train.lr=3e-4", …]`. `target`: `module:function` instead of the recipes.
+    `config`: path of a TOML recipe, or its text. `overrides`: `["train.lr=3e-4", …]`. `out`: folder for what is made (default `runs`); `force`: do it again even when it is there. `target`: `module:function` instead of the recipes.
     `max_restarts`: how often torchrun may start all ranks again after one died (the recipe then resumes from its last whole state).
     Raises `SynapseError` with the reason of a rank that died. Interrupting the cell stops all ranks (they save first) and leaves none behind."""
     screen = Screen(quiet)
@@ -146,7 +165,8 @@ def launch(config="", nproc: int = 2, overrides=(), *, target: str | None = None
         if isinstance(config, Path) or (config and "\n" not in config and "=" not in config): path = check_file(config, "recipe")
         else: path.write_text(config or "# no settings")
         root = str(Path(__file__).parents[2]) if "__file__" in globals() else os.getcwd()
-        args = ["-m", "synapse_nb.train.launch", "--live", "--config", path, *(["--target", target] if target else []), *(x for o in overrides for x in ("--set", o))]
+        args = ["-m", "synapse_nb.train.launch", "--live", path, *(["--target", target] if target else []), *(["--out", out] if out else []), *["--force"] * force,
+                *(x for o in overrides for x in ("--set", o))]
         full = {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])), **(env or {})}
         try: run_ranks(args, nproc, full, screen.line, timeout_s, max_restarts)
         except SynapseError:

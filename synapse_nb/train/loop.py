@@ -151,7 +151,7 @@ def wrap(model: nn.Module, step, device, how: str) -> nn.Module:
             for block in m: fully_shard(block, mesh=mesh)
     return fully_shard(_Step(model, step), mesh=mesh)
 
-# %% ../../nbs/train/28_loop.ipynb #f31888b3
+# %% ../../nbs/train/28_loop.ipynb #0870b184
 class Callback:
     """Something optional that hangs off the loop. `order` sorts callbacks within a hook; state (tensors and plain values) goes into checkpoints.
 
@@ -193,6 +193,8 @@ class Run:
     stop: bool = False
     asked: int = 0                      # the signal that asked this process to stop
     leaving: int = 0                    # the same, agreed upon by all ranks after a step
+    due: bool = False                   # a callback wants the state saved (by its own clock)
+    save_now: bool = False              # the same, agreed upon by all ranks in the next step
     seconds: dict = field(default_factory=lambda: {"wait": 0.0, "step": 0.0})
 
     def __post_init__(self):
@@ -231,7 +233,7 @@ def means(sums: dict, prefix: str) -> dict:
     total = reduce_sum({k: float(v) for k, v in sums.items()})
     return {prefix + k: v / total["n"] for k, v in total.items() if k != "n"}
 
-# %% ../../nbs/train/28_loop.ipynb #138e4a79
+# %% ../../nbs/train/28_loop.ipynb #a575b86f
 def backward(run: Run, batch, last: bool) -> None:
     "Forward and backward of one micro-batch; `last` of its optimizer step (ranks then exchange gradients)."
     weighted = run.accumulate > 1 or world_size() > 1
@@ -248,7 +250,7 @@ def backward(run: Run, batch, last: bool) -> None:
 def optimizer_step(run: Run) -> None:
     "One step on the gradient of the mean over all samples since the last one."
     run.scaler.unscale_(run.optimizer)
-    run.leaving = run.asked
+    run.leaving, run.save_now = run.asked, run.due
     if run.accumulate > 1 or world_size() > 1: _scale_gradients(run, run.n_samples)
     if run.grad_clip: nn.utils.clip_grad_norm_(run.model.parameters(), run.grad_clip)
     run.call("on_gradients")
@@ -258,8 +260,9 @@ def optimizer_step(run: Run) -> None:
     run.global_step, run.n_samples = run.global_step + 1, 0
 
 def _scale_gradients(run: Run, n: float) -> None:
-    "From the ranks' average of sums to the mean over all samples; ranks also agree on whether one of them was asked to stop."
-    both = reduce_sum({"n": n, "int": run.asked == signal.SIGINT, "term": run.asked == signal.SIGTERM})
+    "From the ranks' average of sums to the mean over all samples; ranks also agree on whether one of them was asked to stop, or wants to save."
+    both = reduce_sum({"n": n, "int": run.asked == signal.SIGINT, "term": run.asked == signal.SIGTERM, "due": run.due})
+    run.save_now = both["due"] > 0
     run.leaving = int(signal.SIGTERM) if both["term"] else int(signal.SIGINT) if both["int"] else 0
     for p in run.model.parameters():
         if p.grad is not None: p.grad.mul_(world_size() / both["n"])
@@ -373,7 +376,7 @@ def _load_optimizer(run: Run, state: State) -> None:
             else: own[k] = torch.empty_like(p, dtype=whole.dtype); copy_whole(own[k], whole)
         run.optimizer.state[p] = own
 
-# %% ../../nbs/train/28_loop.ipynb #8733c384
+# %% ../../nbs/train/28_loop.ipynb #f658e01d
 def fit(model: nn.Module, step, train_loader, *, n_epochs: int, val_loader=None, optimizer=None, lr: float = 1e-3, weight_decay: float = 0.01, callbacks=(),
         device="auto", precision: str = "fp32", grad_clip: float | None = None, accumulate: int = 1, seed: int = 0, monitor: str = "val_loss",
         parallel: str = "auto", compile: bool = False, resume=None, progress_desc: str = "") -> History:
@@ -393,7 +396,7 @@ def fit(model: nn.Module, step, train_loader, *, n_epochs: int, val_loader=None,
               precision, grad_clip, accumulate, seed, monitor, how, resume, progress_desc)
     with own_randomness(), _signals(run), progress(None, progress_desc, run.total_steps) as bar:
         run.call("on_fit_start")
-        if resume is not None and (found := list_states(resume)): load_run(run, found[-1])
+        if run.resume is not None and (found := list_states(run.resume)): load_run(run, found[-1])
         bar.update(run.global_step)
         while run.epoch_idx < n_epochs and not run.stop:
             run.call("on_epoch_start")

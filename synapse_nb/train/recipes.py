@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'RUNNERS', 'SimulateConf', 'PrepareConf', 'DrawRunConf', 'lo
            'decode_report', 'retrieval_section', 'drawing_section', 'resolve_runs', 'run_conf', 'run_recipe', 'dry',
            'run_prepare']
 
-# %% ../../nbs/train/80_recipes.ipynb #9fbb8384
+# %% ../../nbs/train/80_recipes.ipynb #01a7e120
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ import pandas as pd
 from ..config import config_id, make_config, no_id, read_toml, to_toml
 from ..core import SynapseError, atomic_path, log, suggest, write_json, write_text
 from ..data.preprocess import PRESETS
+from ..dist import is_main, main_first, reduce_max
 from ..evaluate.metrics import Score
 from ..evaluate.report import (Html, Report, alignment_table, plot_alignment, plot_confusion, plot_evoked_topo, plot_losses, plot_picture_grid,
                                         plot_retrieval_curve, plot_scores)
@@ -25,6 +26,7 @@ from ..evaluate.retrieval import top_k_curve
 from ..studies.prepare import prepare
 from ..studies.simulate import simulate_study
 from ..studies.study import get_study
+from .callbacks import keep_states
 from .decoding import DecodeConf, common_channels, decode, decode_scores
 from .drawing import DrawConf, draw, draw_scores, train_judge, train_painter
 from .matching import ClipConf, MatchConf, PretrainConf, _vectors, fuse, match, match_scores, picture_vectors, pretrain, train_clip
@@ -126,23 +128,28 @@ def print_scores(scores) -> None:
     "The table that a terminal shows."
     for s in scores: print(f"  {s.subject:<5} {s.model:<22} {s.split:<5} {s}", flush=True)
 
-# %% ../../nbs/train/80_recipes.ipynb #a24e8ed2
+# %% ../../nbs/train/80_recipes.ipynb #b13bc7f5
+def _ready(conf, store) -> Prepared:
+    "The recipe's study in the store: rank 0 prepares it, the others open it."
+    with main_first(): return prepare_study(conf.study, conf.signal, store)
+
 def _run_simulate(conf: SimulateConf, run: RunFolder, store) -> None:
-    simulate_study(conf.root or run.path/"study", conf.preset, conf.seed, conf.n_subjects, n_train_pictures=conf.n_train_pictures, n_test_pictures=conf.n_test_pictures,
+    if is_main(): simulate_study(conf.root or run.path/"study", conf.preset, conf.seed, conf.n_subjects, n_train_pictures=conf.n_train_pictures, n_test_pictures=conf.n_test_pictures,
                    train_repeats=conf.train_repeats, test_repeats=conf.test_repeats, quick=conf.quick, snr=conf.snr)
 
 def _run_prepare(conf: PrepareConf, run: RunFolder, store) -> None:
-    ready = prepare_study(conf.study, conf.signal, store)
-    write_json(run.path/"alignment.json", ready.alignment); write_json(run.path/"refused.json", ready.refused)
+    ready = _ready(conf, store)
+    if is_main(): write_json(run.path/"alignment.json", ready.alignment); write_json(run.path/"refused.json", ready.refused)
 
 def _run_clip(conf: ClipConf, run: RunFolder, store) -> None:
-    path, history = train_clip(conf, run.path/"clip")
-    write_json(run.path/"clip.json", {"encoder": path, "history": history})
+    path, history = train_clip(conf, run.mine/"clip")
+    if is_main(): write_json(run.path/"clip.json", {"encoder": path, "history": history})
 
 def _run_pretrain(conf: PretrainConf, run: RunFolder, store) -> None:
-    write_json(run.path/"pretrain.json", pretrain(prepare_study(conf.study, conf.signal, store), conf, run.path/"mae"))
+    done = pretrain(_ready(conf, store), conf, run.mine/"mae")
+    if is_main(): write_json(run.path/"pretrain.json", done)
 
-# %% ../../nbs/train/80_recipes.ipynb #0041772d
+# %% ../../nbs/train/80_recipes.ipynb #afe7c6e1
 def save_table(path, table: pd.DataFrame) -> None:
     "A table as TSV, whole or not at all."
     with atomic_path(path) as tmp: table.to_csv(tmp, sep="\t", index=False)
@@ -152,8 +159,9 @@ def read_saved(path) -> pd.DataFrame:
     return pd.read_csv(path, sep="\t", dtype={"trial_id": str, "subject": str, "run": str, "image": str, "trials": str}, keep_default_na=False, na_values=["nan"])
 
 def _run_decode(conf: DecodeConf, run: RunFolder, store) -> None:
-    ready = prepare_study(conf.study, conf.signal, store)
+    ready = _ready(conf, store)
     done = decode(ready, conf)
+    if not is_main(): return
     save_table(run.path/"predictions.tsv", done.predictions)
     for name, split in done.splits.items(): split.save(run.path/"splits"/f"{name.replace(' ', '_')}.json")
     write_json(run.path/"histories.json", {k: list(v) for k, v in done.histories.items()}); write_json(run.path/"dropped.json", done.dropped)
@@ -171,11 +179,12 @@ def decode_report(conf: DecodeConf, ready: Prepared, done, scores) -> Report:
     report.section("Training", plot_losses(dict(list(done.histories.items())[:6])))
     return report
 
-# %% ../../nbs/train/80_recipes.ipynb #1b354396
+# %% ../../nbs/train/80_recipes.ipynb #50226792
 def _run_match(conf: MatchConf, run: RunFolder, store) -> None:
     if not conf.encoder: raise SynapseError("A match recipe needs encoder = '…': the folder of a clip run (…/clip) or a hub id such as openai/clip-vit-large-patch14.")
-    ready = prepare_study(conf.study, conf.signal, store)
-    table, histories = match(ready, conf, cache_dir=run.path/"cache")
+    ready = _ready(conf, store)
+    table, histories = match(ready, conf, cache_dir=run.mine/"cache")
+    if not is_main(): return
     pictures, z = picture_vectors(ready, conf.encoder, run.path/"cache")
     scores = match_scores(table, conf, pictures, z)
     save_table(run.path/"embeddings.tsv", table)
@@ -196,8 +205,9 @@ def retrieval_section(report: Report, table: pd.DataFrame, pictures, z) -> None:
 
 def _run_draw(conf: DrawRunConf, run: RunFolder, store) -> None:
     if conf.matched is None or not (Path(conf.matched)/"embeddings.tsv").exists(): raise SynapseError("A draw recipe needs matched = '…': the folder of a finished match run (it holds embeddings.tsv).")
-    painter, histories = train_painter(conf, run.path/"painter")
+    painter, histories = train_painter(conf, run.mine/"painter")
     judge, judged = train_judge(conf)
+    if not is_main(): return
     study = get_study(conf.study.name, conf.study.root, **conf.study.options)
     pictures, z = picture_vectors(Prepared(study, {}, [], {}), conf.encoder)
     drawn = draw(painter, read_saved(Path(conf.matched)/"embeddings.tsv"), pictures, z, conf, known=np.load(run.path/"painter"/"known.npy"))
@@ -229,27 +239,37 @@ def resolve_runs(conf, out):
         new |= {field: type(getattr(conf, field))(found[-1]/rest), "made_from": (*new.get("made_from", conf.made_from), found[-1].name)}
     return conf.model_copy(update={k: str(v) if isinstance(getattr(conf, k), str) else v for k, v in new.items()})
 
-# %% ../../nbs/train/80_recipes.ipynb #425850c5
+# %% ../../nbs/train/80_recipes.ipynb #42c2a480
 RUNNERS = {"simulate": _run_simulate, "prepare": _run_prepare, "clip": _run_clip, "pretrain": _run_pretrain, "decode": _run_decode, "match": _run_match, "draw": _run_draw}
 
 def run_conf(conf, out="runs", store=None, force: bool = False, folder: str | None = None) -> RunFolder:
-    "Run settings of any kind in `<out>/<name>-<id>` (or `<out>/<folder>`); a finished run of the same id is returned as it is, unless `force`."
+    "Run settings of any kind in `<out>/<name>-<id>` (or `<out>/<folder>`), on one rank or on many; a finished run of the same id is returned as it is, a stopped one goes on from its last state, unless `force`."
     run = RunFolder(out, conf.name if folder is None else folder, to_toml(conf), config_id(conf) if folder is None else "")
-    mark = run.path/"id.txt"
-    same = mark.exists() and mark.read_text().strip() == config_id(conf)
-    if force or (run.path.exists() and mark.exists() and not same): run.reset()
-    elif run.state == "finished" and same: return run
-    with run:
-        write_text(mark, config_id(conf) + "\n")
+    todo = _todo(run, config_id(conf), force)
+    if todo == "nothing": return run
+    if todo == "anew": run.reset()
+    with run, keep_states(run.checkpoints, table=run.metrics) as kept:
+        if is_main(): write_text(run.path/"id.txt", config_id(conf) + "\n")
         RUNNERS[conf.kind](conf, run, Path(store) if store is not None else Path(out)/"store")
+        kept.tidy()
     return run
+
+def _todo(run: RunFolder, id: str, force: bool) -> str:
+    "`nothing` for a finished run of this id, `go on` for a new or a stopped one, `anew` when forced or when other settings left the folder. Rank 0 looks, all do the same."
+    todo = ["nothing", "go on", "anew"]
+    mark = run.path/"id.txt"
+    same = mark.exists() and mark.read_text().strip() == id
+    found = 2 if force or (mark.exists() and not same) else 0 if same and run.state == "finished" else 1
+    return todo[int(reduce_max(found if is_main() else 0))]
 
 def run_recipe(path, overrides=(), out="runs", force: bool = False, dry_run: bool = False) -> RunFolder | None:
     "Run a recipe file: what `synapse run` calls. `dry_run` checks the recipe and the study, and prints what would be run."
     conf = resolve_runs(load_recipe(path, overrides), out)
     if dry_run: print(dry(conf)); return None
     print(f"{conf.name}-{config_id(conf)}: {conf.kind}", flush=True)
-    known = RunFolder(out, conf.name, "", config_id(conf)).state == "finished" and not force
+    before = RunFolder(out, conf.name, "", config_id(conf))
+    known, states = before.state == "finished" and not force, sorted(before.checkpoints.glob("*/step_*")) if not force else []
+    if states: print(f"goes on from {len(states)} saved state(s), the last of {states[-1].parent.name}", flush=True)
     run = run_conf(conf, out, force=force)
     print(f"{'already finished' if known else 'finished'}: {run.path}" + (f"\nreport: {run.report} ({run.report.stat().st_size / 1e6:.1f} MB, opens without a network)" if run.report.exists() else ""), flush=True)
     if known and run.scores.exists(): print("run again with --force")

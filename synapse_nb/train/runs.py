@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['run_state_of', 'environment', 'git_commit', 'RunFolder', 'FoundRun', 'find_runs', 'runs_table', 'compare_runs']
 
-# %% ../../nbs/train/79_runs.ipynb #768c75a1
+# %% ../../nbs/train/79_runs.ipynb #5938a136
 import csv
 import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -71,7 +73,7 @@ def git_commit(folder=".") -> dict | None:
         return None if head.returncode else {"commit": head.stdout.strip(), "changed": bool(ask("status", "--porcelain", "-uno").stdout.strip())}
     except (OSError, subprocess.TimeoutExpired): return None
 
-# %% ../../nbs/train/79_runs.ipynb #aea523e6
+# %% ../../nbs/train/79_runs.ipynb #01e635ce
 class RunFolder:
     """`<root>/<name>-<config_id>/`. Use as a context: enters with the lock taken and `config.toml`, `environment.json` written; leaves as finished, or failed with the message.
 
@@ -79,6 +81,7 @@ class RunFolder:
     def __init__(self, root, name: str, config_text: str = "", config_id: str = ""):
         self.path = Path(root) / "-".join(filter(None, [name, config_id]))
         self.name, self.id, self.config_text, self._lock, self._began = name, config_id, config_text, None, 0.0
+        self._scratch = None
 
     metrics = property(lambda self: self.path / "metrics.csv")
     checkpoints = property(lambda self: self.path / "checkpoints")
@@ -88,6 +91,13 @@ class RunFolder:
 
     @property
     def state(self) -> str: return run_state_of(self.path)
+
+    @property
+    def mine(self) -> Path:
+        "Where this rank may write what a stage leaves in a folder: the run's own on rank 0, a scratch folder (gone at the end) on the others."
+        if is_main(): return self.path
+        if self._scratch is None: self._scratch = tempfile.TemporaryDirectory(prefix="synapse-rank-")
+        return Path(self._scratch.name)
 
     def start(self) -> "RunFolder":
         "Take the lock and note what is about to be run. What an earlier, broken attempt left (checkpoints) stays, to be resumed from."
@@ -131,8 +141,7 @@ class RunFolder:
 
     def reset(self) -> None:
         "Delete what the run made (asked for with --force), keeping nothing of it. Refused while it runs."
-        if self.state == "running": raise SynapseError(f"{self.path} is running; stop it first.")
-        import shutil
+        if is_main() and self.state == "running": raise SynapseError(f"{self.path} is running; stop it first.")
         if is_main() and self.path.exists(): shutil.rmtree(self.path)
         barrier()
 
