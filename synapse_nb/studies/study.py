@@ -180,10 +180,10 @@ def check_study(study: Study, recordings=None) -> dict:
         ev = study.read_events(r); check_events(ev, r, study.size(r)[1], images); seen[r.key] = len(ev)
     return seen
 
-# %% ../../nbs/studies/20_study.ipynb #cd47300d
+# %% ../../nbs/studies/20_study.ipynb #717783d0
 _STUDIES: dict[str, type] = {}
 _HOMES = {"n170": "eegnb", "p300": "eegnb", "left_right": "eegnb", "ssvep": "eegnb", "things_eeg": "things", "things_meg": "things", "things_meg_epochs": "things", "god": "god", "movie": "films",
-          "things_eeg2": "things_eeg2", "things_eeg2_epochs": "things_eeg2"}
+          "things_eeg2": "things_eeg2", "things_eeg2_epochs": "things_eeg2", "stories": "foreign", "tones": "foreign"}
 
 def register_study(*names):
     "Class decorator: make a study known to `get_study` by these names."

@@ -75,7 +75,7 @@ def _listed_images(root: Path) -> dict[str, list[str]]:
     if not all(out.values()): raise SynapseError(f"{root} has neither image_metadata.npy nor the folders training_images and test_images: nothing says which picture a trigger code means; fetch image_metadata.npy.")
     return out
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #9f465b1e
+# %% ../../nbs/studies/37_things_eeg2.ipynb #14623f73
 def pickled_raw(path):
     "A session as `mne.io.RawArray`: V, the trigger line as `TRIG` of type `stim`, 10-10 positions. Arrays in µV are told by their size and scaled. Raises `SynapseError` naming the file."
     import mne
@@ -85,7 +85,7 @@ def pickled_raw(path):
     if "stim" not in types: raise SynapseError(f"{path} has no trigger line (type 'stim'): nothing says when the pictures came.")
     names = ["TRIG" if t == "stim" and c.lower() == "stim" else c for c, t in zip(names, types)]; eeg, notes = np.array(types) == "eeg", []      # MNE takes a channel called "stim" for the type
     if eeg.any() and np.median(x[eeg].std(1)) > 1e-2: x[eeg] *= 1e-6; notes.append("the array is in µV and was scaled to V")
-    raw = mne.io.RawArray(x, mne.create_info(names, float(d["sfreq"]), types), copy=None, verbose="ERROR"); _set_montage(raw); raw.synapse_notes = notes
+    raw = mne.io.RawArray(x, mne.create_info(names, float(d["sfreq"]), types), copy="auto", verbose="ERROR"); _set_montage(raw); raw.synapse_notes = notes
     return raw
 
 def code_onsets(line) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +185,7 @@ def _ready_arrays(path: Path, names: list[str]) -> dict:
     if len(x) != len(names): raise SynapseError(f"{path}: {len(x)} pictures, image_metadata.npy lists {len(names)}; they do not belong together.")
     return d
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #5354aaa3
+# %% ../../nbs/studies/37_things_eeg2.ipynb #29a7795d
 @register_study("things_eeg2_epochs")
 class ThingsEEG2Epochs(_EEG2):
     """THINGS-EEG2 as ready arrays `preprocessed_eeg_{training,test}.npy` (pictures, repeats, channels, samples), 250 Hz or whatever `times` says. A recording is `block` pictures, all repeats of each, end to end.
@@ -219,7 +219,7 @@ class ThingsEEG2Epochs(_EEG2):
     def read_raw(self, rec: Recording):
         import mne
         x, _, names, times = self._cut(rec); sfreq = round((len(times) - 1)/(times[-1] - times[0]), 3)
-        raw = mne.io.RawArray(np.asarray(x, float).reshape(-1, *x.shape[2:]).transpose(1, 0, 2).reshape(len(names), -1), mne.create_info(names, sfreq, "eeg"), copy=None, verbose="ERROR")
+        raw = mne.io.RawArray(np.asarray(x, float).reshape(-1, *x.shape[2:]).transpose(1, 0, 2).reshape(len(names), -1), mne.create_info(names, sfreq, "eeg"), copy="auto", verbose="ERROR")
         _set_montage(raw); raw.synapse_notes = []
         return self._picked(raw, rec)
 
