@@ -7,8 +7,9 @@ __all__ = ['is_distributed', 'rank', 'world_size', 'local_rank', 'is_main', 'bar
            'rank_device', 'close', 'reduce_sum', 'reduce_max', 'any_rank', 'all_gather_grad', 'all_reduce_grad',
            'share_of', 'GlobalBatchNorm', 'globalize_batchnorm', 'run_ranks']
 
-# %% ../nbs/02_dist.ipynb #c9f80d7a
+# %% ../nbs/02_dist.ipynb #0c7ebd9a
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,7 +219,7 @@ def globalize_batchnorm(model: nn.Module) -> int:
             count += 1
     return count
 
-# %% ../nbs/02_dist.ipynb #358f239a
+# %% ../nbs/02_dist.ipynb #adcdc9c1
 def _stop(process: subprocess.Popen, grace_s: float = 20.0) -> None:
     "End a process and all its children: ask (SIGTERM), wait, insist (SIGKILL)."
     for sig, wait in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
@@ -228,16 +229,24 @@ def _stop(process: subprocess.Popen, grace_s: float = 20.0) -> None:
         except subprocess.TimeoutExpired: continue
     process.wait()
 
+def _tracebacks(lines: list[str]) -> list[str]:
+    "Every traceback among the lines of all ranks, each without the other ranks' lines."
+    own, out = [s for s in lines if "torch/distributed/elastic" not in s], []
+    for i in (i for i, s in enumerate(own) if "Traceback (most recent call last)" in s):
+        tag = own[i][:own[i].index("Traceback")]                 # torchrun's "[rank1]:" prefix: keep that rank's lines only
+        picked = [s[len(tag):] for s in own[i:] if s.startswith(tag)] if tag.strip() else own[i:]
+        end = next((k for k, s in enumerate(picked[1:], 1) if s and not s[0].isspace()), len(picked) - 1)
+        out.append("\n".join([tag.strip()] * bool(tag.strip()) + picked[:end + 1]))
+    return out
+
 def _reason(lines: list[str], tail: int = 30) -> str:
-    "Out of everything the ranks said: the first dead rank's traceback, without torchrun's own summary."
-    own = [s for s in lines if "torch/distributed/elastic" not in s]
-    starts = [i for i, s in enumerate(own) if "Traceback (most recent call last)" in s]
-    if not starts: return "\n".join(own[-tail:])
-    first = own[starts[0]]
-    tag = first[:first.index("Traceback")]                       # torchrun's "[rank1]:" prefix: keep that rank's lines only
-    picked = [s[len(tag):] for s in own[starts[0]:] if s.startswith(tag)] if tag.strip() else own[starts[0]:]
-    end = next((i for i, s in enumerate(picked[1:], 1) if s and not s[0].isspace()), len(picked) - 1)
-    return "\n".join([tag.strip()] * bool(tag.strip()) + picked[:end + 1])
+    "Out of everything the ranks said: the first dead rank's own traceback, not torchrun's summary, nor that of a rank that only lost its partner; or which signal killed whom."
+    all_of_them = _tracebacks(lines)
+    own = [t for t in all_of_them if "torch/distributed/run.py" not in t and "by peer" not in t.splitlines()[-1]]
+    if own: return own[0]
+    if killed := [m for s in lines if (m := re.search(r"exitcode: -(\d+)\) local_rank: (\d+)", s))]:
+        return f"rank {killed[0][2]} was killed by signal {killed[0][1]}" + (" (the machine may have run out of memory)." if killed[0][1] == "9" else ".")
+    return (all_of_them or ["\n".join(lines[-tail:])])[0]
 
 def run_ranks(args, nproc: int = 2, env: dict | None = None, on_line=print, timeout_s: float | None = None, max_restarts: int = 0) -> list[str]:
     """Run `python args…` (a script, or `-m module`) on `nproc` ranks of this machine under torchrun; returns all lines they printed.

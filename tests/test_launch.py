@@ -121,3 +121,8 @@ def test_run_folders_know_their_state(tmp_path):
     assert {r.name: r.state for r in find_runs(tmp_path)} == {"decode": "finished", "long": "broken", "stopped": "failed"}
     (tmp_path / "decode-0a1b2c3d/status.json").write_text("{half")
     assert "broken" in runs_table(tmp_path)
+
+
+def test_a_killed_rank_is_named(tmp_path):
+    (tmp_path / "die.py").write_text("import os\nfrom synapse_nb.dist import *\ninit_from_env()\nif rank() == 1: os.kill(os.getpid(), 9)\nbarrier()\n")
+    with pytest.raises(SynapseError, match="rank 1 was killed by signal 9"): run_ranks([tmp_path / "die.py"], 2, env=ENV, on_line=None, timeout_s=120)

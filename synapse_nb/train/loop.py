@@ -322,7 +322,7 @@ def _leave(run: Run) -> None:
     run.call("on_interrupt")
     raise SystemExit(128 + run.leaving) if run.leaving == signal.SIGTERM else KeyboardInterrupt
 
-# %% ../../nbs/train/28_loop.ipynb #40cc9e99
+# %% ../../nbs/train/28_loop.ipynb #962b802f
 def _names(run: Run) -> dict:
     "Parameter -> its name in the model."
     return {p: n for n, p in run.model.named_parameters()}
@@ -336,7 +336,12 @@ def run_state(run: Run) -> dict:
     return {"model": _once(run.model.state_dict()), "optimizer": {"groups": groups, "state": {names[p]: dict(s) for p, s in opt.state.items()}},
             "scaler": run.scaler.state_dict(), "callbacks": {k: cb.state_dict() for k, cb in keyed.items() if hasattr(cb, "state_dict")},
             "position": {k: getattr(run, k) for k in ("epoch_idx", "batch_idx", "global_step", "stop", "seed")} | {
-                "history": list(run.history), "sums": {k: float(v) for k, v in run.sums.items()}, "n_batches": len(run.train), "ranks": world_size()}}
+                "history": list(run.history), "sums": _ranks_sums(run.sums), "n_batches": len(run.train), "ranks": world_size()}}
+
+def _ranks_sums(sums: dict) -> list[dict]:
+    "Every rank's own sums of the running epoch, in rank order, so that the means of a resumed epoch are exact."
+    flat = reduce_sum({f"{r}/{k}": float(v) if r == rank() else 0.0 for r in range(world_size()) for k, v in sums.items()})
+    return [{k: flat[f"{r}/{k}"] for k in sums} for r in range(world_size())]
 
 def _once(weights: dict) -> dict:
     "Tied weights appear once."
@@ -359,7 +364,9 @@ def load_run(run: Run, path) -> None:
         if key in state.plain["callbacks"]: cb.load_state_dict(state.tree("callbacks", key))
     pos = dict(state.plain["position"])
     if pos["n_batches"] != len(run.train): raise SynapseError(f"{path} was made with {pos['n_batches']} batches an epoch, now there are {len(run.train)}; resume with the same data and batch size.")
-    run.history[:], run.sums = pos.pop("history"), pos.pop("sums")
+    run.history[:], sums = pos.pop("history"), pos.pop("sums")
+    if len(sums) != world_size(): sums = [{k: sum(s[k] for s in sums) for k in sums[0]}] + [dict.fromkeys(sums[0], 0.0)] * (world_size() - 1)
+    run.sums = dict(sums[rank()])
     for k in ("epoch_idx", "batch_idx", "global_step", "stop"): setattr(run, k, pos[k])
     run.call("on_resume")
 
