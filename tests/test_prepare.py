@@ -131,17 +131,41 @@ print("begin", flush=True); prepare(get_study("bids", sys.argv[1]), sys.argv[2],
 """
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_and_continued(tmp_path):
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_continued(tmp_path, times):
     for k in range(1, 5): write_run(tmp_path / "study" / "sub-01" / "eeg", k, n=150, sfreq=1000.0)
     (tmp_path / "study" / "dataset_description.json").write_text("{}"); out = tmp_path / "store"; r = np.random.default_rng(0)
-    for k in range(10):
+    for k in range(times):
         p = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "study"), str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         p.stdout.readline(); time.sleep(r.uniform(0, 1.5)); p.send_signal(signal.SIGKILL if k % 2 else signal.SIGINT); p.wait()
         for f in out.glob("[!.]*.h5"): open_store(f)                                        # what has its name is whole
     ready = prepare(get_study("bids", tmp_path / "study"), out, "bandpass(1,40)|resample(250)", progress=False)
     clean = prepare(get_study("bids", tmp_path / "study"), tmp_path / "clean", "bandpass(1,40)|resample(250)", progress=False)
     for a, b in zip(ready, clean): assert Path(a.path).name == Path(b.path).name and (np.asarray(open_store(a.path).data) == np.asarray(open_store(b.path).data)).all()
+
+
+# ---- one session a task --------------------------------------------------------------------------------------------------------------
+
+def slurm(repo, *args, task=None, **env):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | {"PYTHON": sys.executable, "PYTHONPATH": str(repo), **({} if task is None else {"SLURM_ARRAY_TASK_ID": str(task)}), **env}
+    return subprocess.run(["bash", str(repo / "scripts" / "prepare.slurm"), *map(str, args)], capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_an_array_job_prepares_one_session_a_task(repo, tmp_path):
+    for who, ses in (("01", "01"), ("01", "02"), ("02", "01")):
+        write_run(tmp_path / "study" / f"sub-{who}" / f"ses-{ses}" / "eeg", 1, n=12)
+        for p in (tmp_path / "study" / f"sub-{who}" / f"ses-{ses}" / "eeg").iterdir(): p.rename(p.with_name(p.name.replace("sub-01_", f"sub-{who}_ses-{ses}_")))
+    (tmp_path / "study" / "dataset_description.json").write_text("{}"); args = ("bids", tmp_path / "study", tmp_path / "store", "bandpass(1,40)|resample(250)")
+    said = slurm(repo, *args); assert said.returncode == 0 and "3 sessions: sbatch --array=0-2 scripts/prepare.slurm bids" in said.stdout and "'bandpass(1,40)|resample(250)'" in said.stdout, said.stderr
+    for task in (2, 0, 1):
+        p = slurm(repo, *args, task=task); assert p.returncode == 0, p.stderr
+    whole = prepare(get_study("bids", tmp_path / "study"), tmp_path / "clean", args[3], progress=False)
+    assert sorted(p.name for p in (tmp_path / "store").glob("*.h5")) == sorted(Path(p.path).name for p in whole) and len(list((tmp_path / "store").glob("*.png"))) == 3
+    t = pd.read_csv(tmp_path / "store" / "prepared.tsv", sep="\t"); assert t.recording.tolist() == [p.key for p in whole] and t.trials.tolist() == [12] * 3
+    again = slurm(repo, *args, task=1); assert again.returncode == 0
+    p = slurm(repo, *args, task=3); assert p.returncode == 1 and "no task 3; 3 sessions make tasks 0 to 2" in p.stderr
+    p = slurm(repo, *args[:3]); assert p.returncode == 1 and "STUDY ROOT OUT PIPELINE are needed" in p.stderr
+    p = slurm(repo, *args[:3], "bandpas(1,40)"); assert p.returncode == 1 and "bandpass" in p.stderr
 
 
 # ---- real recordings go through -----------------------------------------------------------------------------------------------------

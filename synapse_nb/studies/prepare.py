@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shown_rows', 'align_events', 'PreparedRecording', 'source_hash', 'prepare_recording', 'plot_prepared', 'prepare',
-           'prepared_table']
+           'prepared_table', 'read_prepared', 'write_prepared', 'list_sessions', 'prepare_session', 'prepare_task']
 
 # %% ../../nbs/studies/27_prepare.ipynb #42d75da8
 import json
@@ -145,13 +145,13 @@ def plot_prepared(store, path=None):
     if path is None: return fig
     with atomic_path(path) as tmp: fig.savefig(tmp, bbox_inches="tight")
 
-# %% ../../nbs/studies/27_prepare.ipynb #b80e6157
+# %% ../../nbs/studies/27_prepare.ipynb #8443f1c6
 def prepare(study: Study, out, pipeline: str | Pipeline, jobs: int = 1, subjects=None, modality: str | None = None, force: bool = False, progress: bool = True, *,
             figure: bool = False, allow_refused: bool = False, skip_errors: bool = False) -> list[PreparedRecording]:
     """Every recording of `study` (of some `subjects`, of one `modality`) into the store in `out`; continues where an earlier call was stopped.
 
     `jobs` recordings at a time, each in a process of its own. `skip_errors` leaves out recordings that cannot be prepared and logs why; otherwise the first is raised as `SynapseError`.
-    Writes `out/prepared.tsv`, one row a recording."""
+    Writes `out/prepared.tsv`, one row for each store of the folder."""
     recs = study.find_recordings(subjects, modality); pipe = Pipeline.parse(pipeline); done, failed = {}, {}
     if not recs: raise SynapseError(f"{study.root}: the study {study.name!r} has no recording" + (f" of subject {subjects}" if subjects else "") + (f" with {modality}" if modality else "") + ".")
     kw = dict(force=force, figure=figure, allow_refused=allow_refused)
@@ -164,8 +164,8 @@ def prepare(study: Study, out, pipeline: str | Pipeline, jobs: int = 1, subjects
         for r in (progress_bar(recs, "prepare") if progress else recs): one(r, lambda: prepare_recording(study, r, out, pipe, jobs=jobs, **kw))
     else: _parallel(study, recs, out, pipe, min(jobs, len(recs)), one, progress, kw)
     if not done: raise SynapseError(f"No recording of {study.root} could be prepared; the first said: {next(iter(failed.values()))}")
-    ready = [done[r.key] for r in recs if r.key in done]; write_text(Path(out)/"prepared.tsv", prepared_table(ready).to_csv(sep="\t", index=False))
-    return ready
+    write_prepared(out)
+    return [done[r.key] for r in recs if r.key in done]
 
 def _parallel(study, recs, out, pipe, jobs: int, one, progress: bool, kw: dict) -> None:
     "Several recordings at a time; on an error or Ctrl-C the ones not begun are dropped."
@@ -181,3 +181,50 @@ def prepared_table(prepared) -> pd.DataFrame:
     ms = lambda a, k: np.nan if a.get(k) is None else 1e3*a[k]
     return pd.DataFrame([dict(recording=p.key, trials=p.n_trials, channels=p.n_channels, sfreq=p.sfreq, seconds=round(p.duration, 1), onsets=p.alignment.get("source", "scheduled"), verdict=p.alignment.get("verdict", "none"),
                               lag_ms=ms(p.alignment, "lag"), drift_ppm=p.alignment.get("drift_ppm", np.nan), delay_ms=ms(p.alignment, "delay"), warnings=" | ".join(p.warnings), store=Path(p.path).name) for p in prepared])
+
+# %% ../../nbs/studies/27_prepare.ipynb #d776d52e
+def read_prepared(out) -> list[PreparedRecording]:
+    "Every finished store of the folder `out`, by the summary beside it, in the order of the recordings."
+    found = []
+    for side in sorted(Path(out).glob("*.json")):
+        if not side.with_suffix(".h5").exists(): continue
+        try: found.append(PreparedRecording(**{**read_json(side), "path": str(side.with_suffix(".h5")), "made": False}))
+        except TypeError: log.info("%s is no summary of a store", side)
+    return sorted(found, key=lambda p: (p.key, p.path))
+
+def write_prepared(out) -> Path:
+    "Write `out/prepared.tsv` anew from what lies in the folder; again when another process finished a store meanwhile, so that the last of many tasks writes all of them."
+    path, seen, ready = Path(out)/"prepared.tsv", None, read_prepared(out)
+    while seen != [p.path for p in ready]:
+        write_text(path, prepared_table(ready).to_csv(sep="\t", index=False)); seen = [p.path for p in ready]; ready = read_prepared(out)
+    return path
+
+# %% ../../nbs/studies/27_prepare.ipynb #53f2fd92
+def list_sessions(study: Study, subjects=None, modality: str | None = None) -> list[tuple[str, str]]:
+    "(subject, session) of everything that can be prepared, sorted: the tasks of an array job."
+    return sorted({(r.subject, r.session) for r in study.find_recordings(subjects, modality)})
+
+def prepare_session(study: Study, out, pipeline: str | Pipeline, task: int, **kw) -> list[PreparedRecording]:
+    "`prepare` for the recordings of one session, number `task` (from 0) of `list_sessions`. Raises `SynapseError` when there is no such task."
+    todo = list_sessions(study)
+    if not 0 <= task < len(todo): raise SynapseError(f"{study.root}: there is no task {task}; {len(todo)} sessions make tasks 0 to {len(todo) - 1}.")
+    done = []
+    for r in (r for r in study.find_recordings() if (r.subject, r.session) == todo[task]): done.append(prepare_recording(study, r, out, pipeline, figure=True, **kw))
+    write_prepared(out)
+    return done
+
+def prepare_task(args: list[str], task: str | None) -> int:
+    "What `scripts/prepare.slurm STUDY ROOT OUT PIPELINE` does: session number `task`; without one, print the line that queues all of them. Returns the exit status."
+    import sys
+    from synapse_nb.studies.study import get_study
+    try:
+        if len(args) != 4: raise SynapseError(f"STUDY ROOT OUT PIPELINE are needed, not {len(args)} words; the pipeline is a preset's name or a text such as 'bandpass(0.1,40)|resample(200)'.")
+        study = get_study(args[0], args[1]); Pipeline.parse(args[3])
+        if not task:
+            n = len(list_sessions(study)); print(f"{n} sessions: sbatch --array=0-{n - 1} scripts/prepare.slurm {' '.join(map(_quoted, args))}"); return 0
+        done = prepare_session(study, args[2], args[3], int(task)); print(prepared_table(done).to_string(index=False)); return 0
+    except SynapseError as e: print(f"prepare: {e}", file=sys.stderr); return 1
+
+def _quoted(word: str) -> str:
+    from shlex import quote
+    return quote(str(word))
