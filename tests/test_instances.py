@@ -208,3 +208,13 @@ def test_stories_are_cut_on_a_grid(instance):
     assert len(Windows([p.path for p in ready], tmin=0, tmax=1, labels=None)) == 67
     assert sum(get_study("stories", root / "in", every=2.).check().values()) == 15 + 18
     with pytest.raises(SynapseError, match="no row says what was heard"): s = get_study("stories", root / "in", every=None); s.read_events(s.find_recordings()[1])
+
+
+def test_a_film_is_heard_on_the_recordings_clock(tmp_path):
+    from synapse_nb.studies.films import film_sound, sound_events
+    from synapse_nb.studies.instances import MOVIE_PARTS, write_movie
+    truth = write_movie(tmp_path / "in", parts=MOVIE_PARTS[3:], drama=60); study = get_study("movie", tmp_path / "in"); rec, = study.find_recordings()
+    first = truth.onset[0] - truth.frame[0] / 25 / (1 + 0)                                       # when frame 0 was seen
+    ev = sound_events(study, rec); assert len(ev) >= 4 and np.abs(ev.onset - first - np.round(ev.onset - first)).max() < .055      # a tone begins with every second of the film
+    heard = film_sound(study, study.read_events(rec), 0., .4)(study.read_events(rec)); assert heard.shape == (5, 1, 8) and np.isfinite(heard).all()
+    with pytest.raises(SynapseError, match="has no column 'pitch'"): film_sound(study, study.read_events(rec), columns=["pitch"])

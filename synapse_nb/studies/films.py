@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILMS', 'ODD', 'crop_of', 'film_in_name', 'odd_sessions', 'read_f_array', 'film_events', 'find_movie_files',
-           'MovieStudy', 'FilmFrames', 'film_frames']
+           'MovieStudy', 'FilmFrames', 'film_frames', 'FilmSound', 'film_sound', 'sound_events']
 
 # %% ../../nbs/studies/38_films.ipynb #4d390262
 import re
@@ -192,3 +192,40 @@ def film_frames(study: MovieStudy, events: pd.DataFrame, folder, size: tuple[int
         if len({p.shape[1:] for p in parts}) > 1: raise SynapseError("The films' pictures have different sizes; give size=(height, width).")
         with atomic_path(path) as tmp, open(tmp, "wb") as f: np.save(f, np.concatenate(parts))
     return FilmFrames(path, {i: n for n, i in enumerate(want)})
+
+# %% ../../nbs/studies/38_films.ipynb #0609b625
+class FilmSound:
+    "The sound around events, as `Windows(..., beside={\"sound\": FilmSound(...)})` wants it: rows of events in, (n, columns, steps) float32 out; what lies outside the track is the column's minimum."
+    def __init__(self, tables: dict, frames: dict, tmin: float, tmax: float, columns: list[str]): self.tables, self.frames, self.tmin, self.tmax, self.columns = tables, frames, tmin, tmax, columns
+    @property
+    def times(self) -> np.ndarray:
+        "Of the steps (s from the frame)."
+        step = float(next(iter(self.tables.values())).duration.iloc[0]); return np.arange(self.tmin, self.tmax - 1e-9, step)
+    def __call__(self, rows: pd.DataFrame) -> np.ndarray:
+        t, out = self.times, np.empty((len(rows), len(self.columns), len(self.times)), np.float32)
+        for i, image in enumerate(rows["image"]):
+            film, frame = _film_and_frame(image)
+            if film not in self.tables: raise SynapseError(f"The sound of {image} was not read; make it anew with these events.")
+            table, at = self.tables[film], self.frames[film][frame] + t
+            for j, c in enumerate(self.columns): out[i, j] = np.interp(at, table.onset + table.duration/2, table[c], left=table[c].min(), right=table[c].min())
+        return out
+
+def _film_and_frame(image: str) -> tuple[tuple[int, int], int]:
+    m = re.fullmatch(r"video(\d+)_part(\d+)/frame(\d+)", image)
+    if m is None: raise SynapseError(f"{image!r} is no frame of a film; these events are another study's.")
+    return (int(m[1]), int(m[2])), int(m[3])
+
+def film_sound(study: MovieStudy, events: pd.DataFrame, tmin: float = -.1, tmax: float = .5, columns=("loudness",), **kw) -> FilmSound:
+    "Read the sound of the films of these events (`kw`: step, bands, … of `sound_table`). Raises `SynapseError` for a film without sound, or a column that its table has not."
+    from synapse_nb.stimuli.sound import sound_table
+    films = dict.fromkeys(_film_and_frame(i)[0] for i in events["image"]); frames = {k: study.frame_times(*k).times for k in films}; tables = {k: sound_table(study.films[k], **kw) for k in films}
+    for k, t in tables.items():
+        if lost := [c for c in columns if c not in t]: raise SynapseError(f"The sound of {study.films[k].name} has no column {lost[0]!r}; it has {', '.join(t.columns)}.")
+    return FilmSound(tables, frames, tmin, tmax, list(columns))
+
+def sound_events(study: MovieStudy, rec: Recording, table: pd.DataFrame | None = None) -> pd.DataFrame:
+    "Where something begins to be heard, as events of the recording `rec` (onset s of the recording; `film_time` s): a second events table. Sounds outside the film's pulses are left out."
+    from synapse_nb.stimuli.sound import sound_table
+    t = sound_table(study.films[study._what[rec.path]]) if table is None else table; t = t[t.begins]; on = study.film_to_recording(rec, t.onset); ok = np.isfinite(on); sfreq = study.size(rec)[0]; on = on[ok]
+    return pd.DataFrame({"trial_id": [f"{rec.key}_a{round(1000*s):07d}" for s in on], "subject": rec.subject, "session": rec.session, "run": rec.run, "onset": on, "sample": np.round(on*sfreq).astype(int), "duration": t.duration.to_numpy()[ok], "trial_type": "sound", "image": "", "concept": "", "category": "",
+                         "onset_source": study.film_session(rec).source, "film_time": t.onset.to_numpy()[ok], "flux": t.flux.to_numpy()[ok]})
