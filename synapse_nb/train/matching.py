@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ClipConf', 'train_clip', 'fit_low', 'embed_pictures', 'PretrainConf', 'person_sides', 'subjects_of', 'Chain',
-           'pretrain', 'MatchConf', 'picture_vectors', 'CategoryRidge', 'match_network', 'match', 'fuse',
-           'match_protocol', 'match_scores']
+           'foreign_views', 'pretrain', 'MatchConf', 'picture_vectors', 'CategoryRidge', 'match_network', 'match',
+           'fuse', 'match_protocol', 'match_scores']
 
-# %% ../../nbs/train/77_matching.ipynb #0f9f3120
+# %% ../../nbs/train/77_matching.ipynb #004a7d80
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ import torch
 from ..config import Config
 from ..core import SynapseError, atomic_path, check_file, rng, set_seed
 from ..data.splits import check_split
+from ..data.windows import Windows
 from ..evaluate.baselines import make_baseline
 from ..evaluate.metrics import DataTag, GalleryTag, InputTag, Protocol, Score, TargetTag
 from ..evaluate.retrieval import average_repeats, retrieval_scores
@@ -27,7 +28,7 @@ from ..selfsup.mae import MAE, evaluate_mae, load_mae, mae_step, save_mae
 from ..selfsup.masking import min_block
 from ..stimuli.embed import ArrayDataset, clip_dataset, clip_step, embed_images, embed_texts, load_clip, make_tiny_clip
 from ..stimuli.images import make_pictures
-from .decoding import NetworkConf, SplitConf, cut_windows, make_splits
+from .decoding import NetworkConf, SplitConf, TooFewTrials, cut_windows, make_splits
 from .stages import ChannelScale, Prepared, Recipe, SignalConf, StudyConf, TrainConf, View, WindowConf, run_model, train_model
 
 # %% ../../nbs/train/77_matching.ipynb #c575fe84
@@ -35,7 +36,7 @@ class ClipConf(Recipe):
     "An image encoder: `encoder` (a folder or hub id), or empty to train a tiny one on `n_per_category` procedural pictures of another seed. `n_low`: see `fit_low`."
     kind: Literal["clip"] = "clip"
     encoder: str = ""
-    n_per_category: int = 500
+    n_per_category: int = 1000
     n_low: int = 24
     train: TrainConf = TrainConf(n_epochs=8, batch_size=128, lr=2e-3, weight_decay=0.1, patience=8)
 
@@ -77,9 +78,11 @@ def embed_pictures(encoder: str, images, cache_dir=None) -> np.ndarray:
     if not low.exists(): return z
     with np.load(low) as f: return _unit_rows(np.concatenate([z, (_thumbnails(images) - f["mean"]) @ f["components"]], 1)).astype(np.float32)
 
-# %% ../../nbs/train/77_matching.ipynb #074f2609
+# %% ../../nbs/train/77_matching.ipynb #9f78cf3e
 class PretrainConf(Recipe):
-    "A masked autoencoder on all persons' training windows of each modality. `f_max` (Hz): blocks are longer than its period."
+    """A masked autoencoder on all persons' training windows of each modality. `f_max` (Hz): blocks are longer than its period.
+
+    `n_train`: so many training windows of a modality in all, shared equally between persons and `foreign` studies (their windows are trained on, never tested)."""
     kind: Literal["pretrain"] = "pretrain"
     study: StudyConf = StudyConf()
     signal: SignalConf = SignalConf()
@@ -89,13 +92,15 @@ class PretrainConf(Recipe):
     patch: int = 4
     mask_ratio: float = 0.5
     f_max: float = 20.0
+    n_train: int | None = None
+    foreign: tuple[StudyConf, ...] = ()
     train: TrainConf = TrainConf(n_epochs=15, batch_size=64, lr=2e-3, patience=15)
 
 def person_sides(prepared: Prepared, subject: str, modality: str, conf) -> tuple[dict, object, pd.DataFrame]:
     "Scaled views of one person's train, val and test windows (one modality), the split, and all its events. The scale saw training trials only."
     there = [m for m in prepared.stores if any(s.meta["subject"] == subject for s in prepared.stores[m])]
     windows = {m: cut_windows(prepared, m, subject, conf.window) for m in there}
-    events = pd.concat([w.events for w in windows.values()], ignore_index=True)
+    events = pd.concat([w.events.assign(modality=m) for m, w in windows.items()], ignore_index=True)
     split, w = make_splits(events, conf.split, conf.seed)[0], windows[modality]
     sides = {s: w.subset([t for t in getattr(split, s) if t in set(w.events["trial_id"])]) for s in ("train", "val", "test")}
     scale = ChannelScale.fit(sides["train"], conf.signal.whiten(modality))
@@ -117,20 +122,38 @@ class Chain(torch.utils.data.Dataset):
             for j, x in zip(at, self.views[k].__getitems__((rows[at] - start[k]).tolist())["x"]): out[j] = x
         return {"x": torch.stack(out)}
 
-# %% ../../nbs/train/77_matching.ipynb #24a93977
-def pretrain(prepared: Prepared, conf: PretrainConf, folder) -> dict:
-    "Pre-train one autoencoder a modality, written to `folder/<modality>`; gives for each the history and the rows of `evaluate_mae` on test windows."
+# %% ../../nbs/train/77_matching.ipynb #cb48efe1
+def foreign_views(prepared: Prepared, modality: str, ch_names: list[str], conf: PretrainConf, n: int | None) -> list[View]:
+    "All windows (or `n` of each person, at random) of another study on the same channels, each person scaled by itself."
+    out = []
+    for subject in subjects_of(prepared, modality):
+        stores = [s for s in prepared.stores[modality] if s.meta["subject"] == subject]
+        w = Windows(stores, None, conf.window.tmin, conf.window.tmax, conf.window.steps, labels=None, picks=ch_names)
+        if n is not None and n > len(w): raise TooFewTrials(f"n_train asks for {n} windows of the foreign study {prepared.study.root} sub-{subject}, but there are {len(w)} ({modality}).")
+        ids = np.asarray(w.events["trial_id"])
+        w = w.subset(list(ids[np.sort(rng(conf.seed, "foreign").permutation(len(ids))[:n])])) if n is not None else w
+        out.append(View(w, {"x": ChannelScale.fit(w, conf.signal.whiten(modality))}))
+    return out
+
+def pretrain(prepared: Prepared, conf: PretrainConf, folder, foreign=()) -> dict:
+    "Pre-train one autoencoder a modality, written to `folder/<modality>`; gives for each the history, the rows of `evaluate_mae` on test windows, and how many windows were trained on. `foreign`: prepared studies of `conf.foreign`."
     out = {}
     for modality in prepared.stores:
-        people = [person_sides(prepared, s, modality, conf)[0] for s in subjects_of(prepared, modality)]
+        who = subjects_of(prepared, modality)
+        n_sets = len(who) + sum(len(subjects_of(f, modality)) for f in foreign)
+        each = None if conf.n_train is None else conf.n_train // n_sets
+        limited = conf if each is None else conf.model_copy(update={"split": conf.split.model_copy(update={"n_train": each})})
+        people = [person_sides(prepared, s, modality, limited)[0] for s in who]
         sides = {s: Chain([p[s] for p in people]) for s in ("train", "val", "test")}
+        others = [v for f in foreign for v in foreign_views(f, modality, list(people[0]["train"].ch_names), conf, each)]
+        if others: sides["train"] = Chain([p["train"] for p in people] + others)
         first = people[0]["train"]
         set_seed(conf.seed)
         model = MAE(first.n_chans, first.n_times, patch=conf.patch, preset=conf.preset, mask="block", mask_ratio=conf.mask_ratio, min_len=min_block(first.sfreq, conf.patch, conf.f_max))
         history = train_model(model, mae_step, sides["train"], sides["val"], conf.train, seed=conf.seed, desc=f"pre-train {modality}")
         save_mae(model, Path(folder)/modality)
         some = lambda s, n: sides[s].__getitems__(np.linspace(0, len(sides[s]) - 1, min(n, len(sides[s]))).astype(int).tolist())["x"].numpy()
-        out[modality] = {"history": list(history), "masked": evaluate_mae(model, some("test", 200), train=some("train", 500), seed=conf.seed)}
+        out[modality] = {"history": list(history), "masked": evaluate_mae(model, some("test", 200), train=some("train", 500), seed=conf.seed), "n_train": len(sides["train"])}
     return out
 
 # %% ../../nbs/train/77_matching.ipynb #0200b42d

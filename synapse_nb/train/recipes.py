@@ -95,7 +95,7 @@ def evoked_section(report: Report, prepared: Prepared, conf, n_max: int = 400) -
             X = sum(w.__getitems__(rows[i:i + 64])["x"].double().sum(0) for i in range(0, len(rows), 64)) / len(rows)
             evokeds[name] = mne.EvokedArray(X.numpy(), info, tmin=float(w.t_first), nave=len(rows), comment=name, verbose=False)
         if len(evokeds) == 2: a, b = evokeds.values(); evokeds = {**evokeds, f"{list(evokeds)[0]} minus {list(evokeds)[1]}": mne.combine_evoked([a, b], [1, -1])}
-        items.append((plot_evoked_topo(evokeds, title=f"{modality.upper()}, sub-{who}"), "Averages of " + ", ".join(f"{e.nave} ({n})" for n, e in evokeds.items()) + f" trials of sub-{who}."))
+        items.append((plot_evoked_topo(evokeds, title=f"{modality.upper()}, sub-{who}"), "Averages of " + ", ".join(f"{e.nave} ({n})" for n, e in evokeds.items() if " minus " not in n) + f" trials of sub-{who}."))
     report.section("Evoked responses", *items)
 
 # %% ../../nbs/train/80_recipes.ipynb #4d00d2b4
@@ -128,7 +128,7 @@ def print_scores(scores) -> None:
     "The table that a terminal shows."
     for s in scores: print(f"  {s.subject:<5} {s.model:<22} {s.split:<5} {s}", flush=True)
 
-# %% ../../nbs/train/80_recipes.ipynb #b13bc7f5
+# %% ../../nbs/train/80_recipes.ipynb #23b6a2cd
 def _ready(conf, store) -> Prepared:
     "The recipe's study in the store: rank 0 prepares it, the others open it."
     with main_first(): return prepare_study(conf.study, conf.signal, store)
@@ -146,7 +146,8 @@ def _run_clip(conf: ClipConf, run: RunFolder, store) -> None:
     if is_main(): write_json(run.path/"clip.json", {"encoder": path, "history": history})
 
 def _run_pretrain(conf: PretrainConf, run: RunFolder, store) -> None:
-    done = pretrain(_ready(conf, store), conf, run.mine/"mae")
+    with main_first(): foreign = [prepare_study(f, conf.signal, store) for f in conf.foreign]
+    done = pretrain(_ready(conf, store), conf, run.mine/"mae", foreign)
     if is_main(): write_json(run.path/"pretrain.json", done)
 
 # %% ../../nbs/train/80_recipes.ipynb #afe7c6e1

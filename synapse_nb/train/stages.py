@@ -6,7 +6,7 @@
 __all__ = ['StudyConf', 'SignalConf', 'WindowConf', 'TrainConf', 'Recipe', 'Prepared', 'open_study', 'prepare_study',
            'ChannelScale', 'View', 'train_model', 'run_model']
 
-# %% ../../nbs/train/75_stages.ipynb #2606e184
+# %% ../../nbs/train/75_stages.ipynb #e8a4294b
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,10 +23,10 @@ from ..data.store import open_store
 from ..data.windows import Windows, make_loader
 from ..studies.prepare import prepare, prepare_recording
 from ..studies.study import get_study
-from .callbacks import CSVLog, EarlyStopping, warmup_cosine
+from .callbacks import EMA, CSVLog, EarlyStopping, Plateau, one_cycle, warmup_cosine
 from .loop import fit
 
-# %% ../../nbs/train/75_stages.ipynb #612ac8b1
+# %% ../../nbs/train/75_stages.ipynb #434a3d07
 class StudyConf(Config):
     "Whose data: a study by name, its folder, and who of it."
     name: str = "bids"
@@ -48,21 +48,29 @@ class SignalConf(Config):
         return self.whiten_meg if modality == "meg" else self.whiten_eeg
 
 class WindowConf(Config):
-    "What is cut around each onset (s) and done to each window; `reject`: peak to peak (V) above which a trial is left out."
+    "What is cut around each onset (s) and done to each window; `reject`: peak to peak (V) above which a trial is left out; `picks`: a region or type of channels (empty: all)."
     tmin: float = -0.1
     tmax: float = 0.5
     steps: str = "baseline(-0.1,0)"
     reject: float | None = None
     labels: str = "category"
+    picks: str = ""
 
 class TrainConf(Config):
-    "How long and how fast."
+    "How long and how fast. `batch_size` is global, over all ranks. `schedule`: half a cosine after a warm-up, one cycle, less on a plateau, or none. `ema`: decay of averaged weights (0: none)."
     n_epochs: int = 40
     batch_size: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.05
     patience: int = 8
+    schedule: Literal["cosine", "one_cycle", "plateau", "constant"] = "cosine"
+    plateau_factor: float = 0.3
+    plateau_patience: int = 3
+    ema: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: int = 1
     device: str = no_id("auto")
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = no_id("auto")
     num_workers: int = no_id(0)
 
 class Recipe(Config):
@@ -158,14 +166,19 @@ class View(Dataset):
 
     def __getitem__(self, i): return {k: v[0] for k, v in self.__getitems__([i]).items()}
 
-# %% ../../nbs/train/75_stages.ipynb #c999e9eb
+# %% ../../nbs/train/75_stages.ipynb #5445518c
 def train_model(model, step, train, val, conf: TrainConf, folder=None, seed: int = 0, desc: str = "", monitor: str = "val_loss"):
     "Fit `model` on the datasets `train` and `val` (None: no choice is made); returns its history. The best epoch on validation is kept."
     loader = lambda ds, shuffle: make_loader(ds, conf.batch_size, shuffle=shuffle, seed=seed, num_workers=conf.num_workers)
-    callbacks = [warmup_cosine(0.1)] + ([EarlyStopping(conf.patience, monitor)] if val is not None else [])
+    callbacks = _schedule(conf) + ([EMA(conf.ema)] if conf.ema else []) + ([EarlyStopping(conf.patience, monitor)] if val is not None else [])
     if folder is not None: callbacks.append(CSVLog(Path(folder)/"metrics.csv"))
     return fit(model, step, loader(train, True), val_loader=None if val is None else loader(val, False), n_epochs=conf.n_epochs, lr=conf.lr,
-               weight_decay=conf.weight_decay, callbacks=callbacks, device=conf.device, seed=seed, grad_clip=1.0, monitor=monitor, progress_desc=desc)
+               weight_decay=conf.weight_decay, callbacks=callbacks, device=conf.device, precision=conf.precision, accumulate=conf.accumulate, parallel=conf.parallel,
+               seed=seed, grad_clip=1.0, monitor=monitor, progress_desc=desc)
+
+def _schedule(conf: TrainConf) -> list:
+    "The callback of a schedule's name."
+    return {"cosine": lambda: [warmup_cosine(0.1)], "one_cycle": lambda: [one_cycle()], "plateau": lambda: [Plateau(conf.plateau_factor, conf.plateau_patience)], "constant": lambda: []}[conf.schedule]()
 
 @torch.inference_mode()
 def run_model(model, dataset, call, batch_size: int = 256) -> np.ndarray:
