@@ -392,7 +392,7 @@ def marker_events(raw, rec: Recording, codes: dict[str, str] | None = None, trig
     ev = make_events(df, rec, sf, raw.n_times/sf); ev["onset_source"] = "digital"
     return ev[ev.category != ""].reset_index(drop=True) if codes is not None else ev
 
-# %% ../../nbs/studies/20_study.ipynb #dda5aeff
+# %% ../../nbs/studies/20_study.ipynb #3d5526bb
 def _folder_recordings(study, subjects=None, modality: str | None = None) -> list[Recording]:
     "Recordings with subject, session and run as their paths spell them."
     files = study._files(); rows = [[p, *(_who(p, study.root, w, d) for w, d in (("subject", "01"), ("session", "01"), ("run", "")))] for p in files]
@@ -402,7 +402,7 @@ def _folder_recordings(study, subjects=None, modality: str | None = None) -> lis
         if any(not r[3] for r in same) or len({r[3] for r in same}) < len(same):
             for r, n in zip(same, _number(same)): r[3] = n
         for p, s, ses, run in same:
-            kind = study.modality or ("meg" if format_of(p) in ("KIT", "CTF") or re.search(r"meg", p.as_posix().rsplit("/", 3)[-1], re.I) else "meg" if format_of(p) == "FIF" and any(t in ("mag", "grad") for t in read_raw(p).get_channel_types()) else "eeg")
+            kind = study.modality or ("nirs" if p.suffix.lower() == ".snirf" else "meg" if format_of(p) in ("KIT", "CTF") or re.search(r"meg", p.as_posix().rsplit("/", 3)[-1], re.I) else "meg" if format_of(p) == "FIF" and any(t in ("mag", "grad") for t in read_raw(p).get_channel_types()) else "eeg")
             out.append(Recording(s, ses, run, kind, "", p, study._table(p), f"sub-{s}_ses-{ses}_run-{run}_{kind}"))
     want = None if subjects is None else {str(s) for s in ([subjects] if isinstance(subjects, str) else subjects)}
     return [r for r in out if (want is None or r.subject in want) and (modality is None or r.modality == modality)]
