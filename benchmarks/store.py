@@ -168,7 +168,10 @@ def braindecode_rows(store, start, lazy, dense, z, served, rows, n_batches, n_pa
         mine = make_loader(z, B, shuffle=True, num_workers=w)
         other = torch.utils.data.DataLoader(ds, B, shuffle=True, num_workers=w, collate_fn=zcollate)
         k = len(z) // B
-        out.append(compare(f"the same through a DataLoader, {w} workers", drain(mine, k), drain(other, k), 2, n_pairs if w == 0 else 20, "braindecode, preloaded", cpu=time.process_time if w == 0 else wall))
+        out.append(compare(f"the same through a DataLoader, {w} workers" + (" (ours stay between epochs, its are DataLoader's default)" if w else ""), drain(mine, k), drain(other, k), 2, n_pairs if w == 0 else 20, "braindecode, preloaded", cpu=time.process_time if w == 0 else wall))
+        if w:
+            other = torch.utils.data.DataLoader(ds, B, shuffle=True, num_workers=w, collate_fn=zcollate, persistent_workers=True)
+            out.append(compare(f"the same, {w} workers, its workers stay too (no bar)", drain(mine, k), drain(other, k), 0, 20, "braindecode, preloaded", cpu=wall))
     return out
 
 

@@ -360,7 +360,12 @@ def _inverse_root(windows: Windows, rows, diagonal: bool, n_max: int = 40_000) -
     val, vec = np.linalg.eigh(ledoit_wolf(x/scale, assume_centered=True)[0])
     return ((vec/np.sqrt(np.maximum(val, 1e-9*val.max()))) @ vec.T/scale).astype(np.float32)
 
-# %% ../../nbs/data/17_windows.ipynb #2f58164b
+# %% ../../nbs/data/17_windows.ipynb #a6e3f61b
+class _Rows(list):
+    "Rows of a batch, and the epoch they belong to: a worker that stays from one epoch to the next learns it from them."
+    def __init__(self, rows, epoch: int): super().__init__(rows); self.epoch = epoch
+    def __reduce__(self): return _Rows, (list(self), self.epoch)
+
 class EpochBatches:
     "A batch sampler: the batches of epoch `epoch_idx` under `seed`. Each pass is the next epoch, unless `set_epoch` says which."
     def __init__(self, dataset, batch_size: int, shuffle: bool = False, seed: int = 0, drop_last: bool = False):
@@ -372,16 +377,30 @@ class EpochBatches:
         n, b = len(self.dataset), self.batch_size
         order = (rng(self.seed, "order", self.epoch).permutation(n) if self.shuffle else np.arange(n)).tolist()
         if hasattr(self.dataset, "set_epoch"): self.dataset.set_epoch(self.epoch)
-        return self._serve([order[a:a + b] for a in range(0, len(self)*b, b)], self.epoch + 1)
+        return self._serve([_Rows(order[a:a + b], self.epoch) for a in range(0, len(self)*b, b)], self.epoch + 1)
     def _serve(self, batches, after):
         self.epoch = after          # only when the first batch is asked for: a DataLoader with workers calls iter() twice
         yield from batches
 
 def _as_is(batch): return batch
 
+class _InWorkers(Dataset):
+    "A dataset for workers that stay: before a batch it is told the batch's epoch. Everything else is the dataset's own."
+    def __init__(self, ds): self.ds, self._told = ds, None
+    def __len__(self): return len(self.ds)
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "ds": raise AttributeError(name)
+        return getattr(self.ds, name)
+    def __getitem__(self, i): return self.ds[i]
+    def __getitems__(self, rows):
+        epoch = getattr(rows, "epoch", None)
+        if epoch is not None and epoch != self._told and hasattr(self.ds, "set_epoch"): self.ds.set_epoch(epoch); self._told = epoch
+        return self.ds.__getitems__(list(rows))
+
 def make_loader(ds, batch_size: int = 64, shuffle: bool = False, seed: int = 0, drop_last: bool = False, num_workers: int = 0, **kw) -> DataLoader:
-    "A `DataLoader` over `Windows` or `PairedWindows`; its batches depend on (seed, epoch) only, not on the number of workers."
-    return DataLoader(ds, batch_sampler=EpochBatches(ds, batch_size, shuffle, seed, drop_last), collate_fn=_as_is, num_workers=num_workers, **kw)
+    "A `DataLoader` over `Windows` or `PairedWindows`; its batches depend on (seed, epoch) only, not on the number of workers. Workers stay from one epoch to the next (`persistent_workers=False`: are started anew)."
+    if num_workers: kw = {"persistent_workers": True} | kw
+    return DataLoader(_InWorkers(ds) if num_workers else ds, batch_sampler=EpochBatches(ds, batch_size, shuffle, seed, drop_last), collate_fn=_as_is, num_workers=num_workers, **kw)
 
 # %% ../../nbs/data/17_windows.ipynb #8af119f4
 class PairedWindows(Dataset):
