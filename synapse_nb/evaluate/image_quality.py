@@ -103,12 +103,17 @@ def two_way_score(features_drawn, features_true, categories=None, similarity: st
     A picture takes part as the drawn one and as the wrong candidate, so the interval is that of a pair statistic (Hoeffding's projection on pictures), not of n free values.
     p: which drawn picture belongs to which seen one is permuted (within category, when categories are given).
     """
-    W, other = _two_way_matrix(features_drawn, features_true, categories, similarity); n = len(W); value = float(W[other].mean())
-    e = np.where(other, W - value, 0.0); infl = (e.sum(1) + e.sum(0)) / other.sum(); use = other.any(1); m = use.sum()
-    low, high = _effective_interval(value, float(np.sqrt(m / max(m - 1, 1) * (infl**2).sum())), m, level)
+    W, other = _two_way_matrix(features_drawn, features_true, categories, similarity); n = len(W)
     S = _similarity(features_drawn, features_true, similarity); g, null, cats = rng("pairs", seed), np.empty(n_perm), np.zeros(n, int) if categories is None else np.asarray(categories)
     for i in range(n_perm): null[i] = _wins(S[_permuted_within(cats, g)])[other].mean()
-    return Score(**{"metric": metric, "value": value, "ci_low": low, "ci_high": high, "chance": 0.5, "n": int(m), "p": permutation_p(value, null), "note": "CI: pairs, pictures as the unit; p: pairing of drawn and seen permuted", **fields})
+    score = _pair_score(W, other, level, metric=metric, note="CI: pairs, pictures as the unit; p: pairing of drawn and seen permuted")
+    return score.model_copy(update={"p": permutation_p(score.value, null), **fields})
+
+def _pair_score(W, other, level: float = 0.95, **fields) -> Score:
+    "Mean of the pairs `W[other]` with its interval over pictures."
+    value = float(W[other].mean()); e = np.where(other, W - value, 0.0); infl = (e.sum(1) + e.sum(0)) / other.sum(); m = int(other.any(1).sum())
+    low, high = _effective_interval(value, float(np.sqrt(m / max(m - 1, 1) * (infl**2).sum())), m, level)
+    return Score(value=value, ci_low=low, ci_high=high, chance=0.5, n=m, **fields)
 
 def _permuted_within(cats, g) -> np.ndarray:
     "A permutation of the pictures within each category."
@@ -129,21 +134,27 @@ def share_of_ceiling(brain, shuffled, true_embedding, *, n_boot: int = 2000, lev
                     "note": "(brain - shuffled) / (true embedding - shuffled); CI: bootstrap of pictures, paired", **fields})
 
 # %% ../../nbs/evaluate/34_image_quality.ipynb #d7b42ccd
+def _shuffled_score(Zs, truth, categories) -> Score:
+    "Two-way identification averaged over several shuffles."
+    Ws, others = zip(*(_two_way_matrix(Z, truth, categories) for Z in Zs))
+    return _pair_score(np.mean(Ws, 0), others[0], metric="", note=f"mean of {len(Zs)} shuffles; CI: pairs, pictures as the unit")
+
 def image_quality(seen, drawn, shuffled, from_true, *, features=None, categories=None, seed: int = 0, **fields) -> list[Score]:
     """All scores of one sheet: pixcorr, ssim, two-way (pixels, and `features`), each for brain, shuffled-brain control and true embedding, plus the share.
 
-    seen, drawn, shuffled, from_true (n, h, w, 3): one sample a picture. features: a dict name -> encoder(pictures) -> (n, d) that did **not** condition the generator.
+    seen, drawn, from_true (n, h, w, 3): one sample a picture; shuffled: the same, or a list of such sheets, one a shuffle, over which the control is averaged (one shuffle of few pictures is a noisy control). features: a dict name -> encoder(pictures) -> (n, d) that did **not** condition the generator.
     fields: model=, subject=, split=, protocol=; the model of a control gets the suffix ' (shuffled brain)' or ' (true embedding)'.
     """
-    per = {"brain": drawn, "shuffled brain": shuffled, "true embedding": from_true}; name, out, pairs = fields.pop("model", ""), [], {}
+    per = {"brain": [drawn], "shuffled brain": list(shuffled) if np.ndim(shuffled[0]) == 4 else [shuffled], "true embedding": [from_true]}; name, out, pairs = fields.pop("model", ""), [], {}
     encoders = {"pixels": lambda x: _pictures(x, "pictures").reshape(len(x), -1), **(features or {})}; truth = {k: f(seen) for k, f in encoders.items()}
-    table = {who: {"pixcorr": pixcorr(x, seen), "ssim": ssim(x, seen)} for who, x in per.items()}
-    for who, x in per.items():
+    table = {who: {"pixcorr": np.mean([pixcorr(x, seen) for x in xs], 0), "ssim": np.mean([ssim(x, seen) for x in xs], 0)} for who, xs in per.items()}
+    for who, xs in per.items():
         for k, f in encoders.items():
-            Z = f(x)
+            Zs = [f(x) for x in xs]
             for end, cats in (("", None), ("_within_category", categories)):
                 if end and cats is None: continue
-                table[who][f"two_way_{k}{end}"] = two_way_identification(Z, truth[k], cats); pairs[who, f"two_way_{k}{end}"] = two_way_score(Z, truth[k], cats, seed=seed)
+                m = f"two_way_{k}{end}"; table[who][m] = np.mean([two_way_identification(Z, truth[k], cats) for Z in Zs], 0)
+                pairs[who, m] = two_way_score(Zs[0], truth[k], cats, seed=seed) if len(Zs) == 1 else _shuffled_score(Zs, truth[k], cats)
     for m in table["brain"]:
         for who in per:
             model = {"metric": m, "model": name if who == "brain" else f"{name} ({who})".strip(), **fields}

@@ -125,7 +125,7 @@ def plot_evoked_topo(evokeds, times=None, n_topo: int = 4, title: str = ""):
     for row, (name, e) in zip(np.atleast_2d(axes), ev.items()):
         unit, scale = _unit(e); data = e.data * scale
         row[0].plot(e.times, data.T, color=COLOURS[0], lw=0.4, alpha=0.5); row[0].plot(e.times, data.std(0), color=COLOURS[3], lw=1.5)
-        row[0].axvline(0, color=COLOURS[6], lw=0.8, ls=":"); row[0].set(ylabel=unit, title=f"{name} (n = {e.nave})" if e.nave > 1 else name, xlabel="time (s)")
+        row[0].axvline(0, color=COLOURS[6], lw=0.8, ls=":"); row[0].set(ylabel=unit, title=f"{name} (n = {e.nave})" if e.nave > 1 and " minus " not in name else name, xlabel="time (s)")
         for ax, t in zip(row[1:], shared): _topo(ax, e, t, np.abs(data).max() * 0.9, scale, unit)
     if title: fig.suptitle(title, color=_INK)
     return fig
@@ -145,25 +145,43 @@ def _peaks(e, n: int) -> np.ndarray:
     return np.sort(out)
 
 def _topo(ax, e, t, vmax, scale, unit):
-    "One topography; an empty axis when there are no positions."
+    "One topography; an empty axis when there are no positions. Fewer than 12 sensors are dots: a map between them would be invented."
     import mne
+    few, values = len(e.ch_names) < 12, e.data[:, np.abs(e.times - t).argmin()] * scale
     try:
-        mne.viz.plot_topomap(e.data[:, np.abs(e.times - t).argmin()] * scale, e.info, axes=ax, show=False, contours=0, sensors=False, vlim=(-vmax, vmax), cmap="RdBu_r", res=48)
+        if few: _dots(ax, values, e.info, vmax); ax.set_title(f"{t:.3f} s", fontsize=8); return
+        mne.viz.plot_topomap(values, e.info, axes=ax, show=False, contours=0, sensors=False, vlim=(-vmax, vmax), cmap="RdBu_r", res=48)
         ax.set_title(f"{t:.3f} s", fontsize=8)
     except Exception: ax.axis("off")
+
+def _dots(ax, values, info, vmax):
+    "The sensors as coloured dots on an outlined head, seen from above, nose up."
+    at = np.array([c["loc"][:3] for c in info["chs"]]); ring = np.linspace(0, 2 * np.pi, 100)
+    if not np.isfinite(at).all() or not at.any(): raise ValueError("no positions")
+    at = at[:, :2] / np.linalg.norm(at, axis=1).max()
+    ax.plot(1.08 * np.cos(ring), 1.08 * np.sin(ring), color=_INK, lw=1); ax.plot([-0.15, 0, 0.15], [1.07, 1.25, 1.07], color=_INK, lw=1)
+    ax.scatter(*at.T, c=values, cmap="RdBu_r", vmin=-vmax, vmax=vmax, s=70, edgecolors=_INK, linewidths=0.6)
+    ax.set(aspect="equal", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4)); ax.axis("off")
 
 # %% ../../nbs/evaluate/35_report.ipynb #f66a0f1f
 @_in_style
 def plot_losses(histories: dict, metrics=("loss",)):
     "Training (thin) and validation (thick) curves against the epoch, one colour a run. histories: name -> table with epoch_idx, train_<metric>, val_<metric> (`History.to_frame()`)."
-    fig, axes = figure(4.4 * len(metrics), 2.8, ncols=len(metrics)); axes = np.atleast_1d(axes)
+    fig, axes = figure(4.4 * len(metrics) + 3, 2.8, ncols=len(metrics)); axes = np.atleast_1d(axes)
     for ax, m in zip(axes, metrics):
         for (name, h), c in zip(histories.items(), COLOURS * 3):
             h = pd.DataFrame(h); x = h["epoch_idx"] if "epoch_idx" in h else np.arange(len(h))
             for part, lw, ls in (("train", 1, ":"), ("val", 1.8, "-")):
                 if f"{part}_{m}" in h: ax.plot(x, h[f"{part}_{m}"], color=c, lw=lw, ls=ls, label=f"{name}, {'training' if part == 'train' else 'validation'}")
-        ax.set(xlabel="epoch", ylabel=m.replace("_", " ")); ax.legend(fontsize=7)
+        ax.set(xlabel="epoch", ylabel=m.replace("_", " "))
+    _side_legend(axes[-1])
     return fig
+
+def _side_legend(ax):
+    "What the lines are, beside the axes and not over them; training and validation are said once."
+    lines = {l.get_label().rpartition(", ")[0]: l for l in ax.lines if l.get_linestyle() == "-"} or {l.get_label().rpartition(", ")[0]: l for l in ax.lines}
+    shown = list(lines.items())[:14]
+    ax.legend([l for _, l in shown], [n for n, _ in shown], fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), title="thick: validation, dotted: training" + (f"\n{len(shown)} of {len(lines)} shown" if len(shown) < len(lines) else ""), title_fontsize=7)
 
 @_in_style
 def plot_confusion(y_true, y_pred, classes, title: str = ""):
@@ -171,12 +189,13 @@ def plot_confusion(y_true, y_pred, classes, title: str = ""):
     C = confusion(y_true, y_pred, classes); K = len(C); fig, axes = figure(9, 1.6 + 0.33 * K, ncols=2)
     R = C.to_numpy() / np.maximum(C.to_numpy().sum(1, keepdims=True), 1)
     for ax, M, fmt, label in ((axes[0], C.to_numpy(), "d", "trials"), (axes[1], R, ".2f", "share of the true class")):
-        im = ax.imshow(M, cmap="cividis", vmin=0, vmax=max(M.max(), 1e-9)); ax.set(xlabel="predicted", ylabel="true", title=f"{title}  {label}".strip())
+        im = ax.imshow(M, cmap="cividis", vmin=0, vmax=max(M.max(), 1e-9)); ax.set(xlabel="predicted", ylabel="true", title=label)
         ax.set_xticks(range(K), C.columns, rotation=45, ha="right"); ax.set_yticks(range(K), C.index)
         for i in range(K) if K <= 16 else []:
             for j in range(K): ax.text(j, i, format(M[i, j], fmt), ha="center", va="center", fontsize=7 if K < 10 else 5, color="#fefefe" if M[i, j] < 0.55 * M.max() else "#010101")
         bar = fig.colorbar(im, ax=ax, shrink=0.8); bar.outline.set_visible(False)
-        if ax is axes[1]: bar.ax.axhline(1 / K, color=COLOURS[3], lw=2); bar.set_label(f"share (red: chance {1 / K:.3f})")
+        if ax is axes[1]: bar.ax.axhline(1 / K, color=COLOURS[3], lw=2); bar.set_label(f"red: chance {1 / K:.3f}")
+    if title: fig.suptitle(title, color=_INK, fontsize=10)
     return fig
 
 # %% ../../nbs/evaluate/35_report.ipynb #7ddd05be
@@ -257,7 +276,7 @@ nav{display:flex;flex-wrap:wrap;gap:6px 14px;border-block:1px solid var(--line);
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px 22px;margin:20px 0}h2{font-size:1.25rem;margin:0 0 .5em}h3{font-size:1.02rem;margin:1.1em 0 .3em}h4{margin:1.4em 0 .2em;font-size:.95rem}p{max-width:80ch;margin:.5em 0}
 figure{margin:12px 0}figure svg{width:100%;height:auto;display:block;color:var(--ink)}figcaption,.note,.proto{color:var(--soft);font-size:.85rem}.proto{font-family:ui-monospace,SFMono-Regular,Menlo,monospace;font-size:.75rem;overflow-wrap:anywhere;max-width:none}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}th,td{padding:4px 10px 4px 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}.num{text-align:right}th{color:var(--soft);font-weight:600}
-.frame th{white-space:normal;vertical-align:bottom}.frame td,.frame th{padding-right:16px}.sheet td,.sheet th{border:0;padding:2px;white-space:normal}.sheet th{text-align:right;padding-right:10px;font-weight:500;min-width:105px;max-width:140px}.sheet img{display:block;border-radius:3px;image-rendering:pixelated}.sheet .cap td{font-size:.62rem;line-height:1.15;color:var(--soft);max-width:72px;vertical-align:top}
+.frame th{white-space:normal;vertical-align:bottom}.frame td,.frame th{padding-right:16px}.frame td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:22ch}.sheet td,.sheet th{border:0;padding:2px;white-space:normal}.sheet th{text-align:right;padding-right:10px;font-weight:500;min-width:105px;max-width:140px}.sheet img{display:block;border-radius:3px;image-rendering:pixelated}.sheet .cap td{font-size:.62rem;line-height:1.15;color:var(--soft);max-width:72px;vertical-align:top}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px;margin:18px 0}.card{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--accent);border-radius:8px;padding:12px 14px}.card.low{border-left-color:var(--soft)}.card b{font-size:1.55rem;display:block;line-height:1.2}.card span{color:var(--soft);font-size:.8rem;display:block}
 .banner{border:1px solid var(--warn);color:var(--warn);border-radius:8px;padding:10px 14px;margin:16px 0;font-weight:600}.warn{color:var(--warn);font-weight:500}footer{color:var(--soft);font-size:.8rem;padding:10px 22px 50px}pre{overflow-x:auto;font-size:.75rem;background:color-mix(in srgb,var(--ink) 5%,transparent);padding:10px;border-radius:6px}code{font-size:.9em}
 @media print{section{break-inside:avoid}body{background:#fff}}

@@ -105,7 +105,7 @@ def make_tokenizer(captions, max_words: int = 32):
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", unk_token="<unk>", bos_token="<start>", eos_token="<end>", model_max_length=max_words)
 
 # %% ../../nbs/stimuli/06_embed.ipynb #e5db11e0
-def make_tiny_clip(captions, folder, seed: int = 0, image_size: int = 64, patch_size: int = 16, d_model: int = 128, n_layers: int = 4, embed_dim: int = 64) -> Path:
+def make_tiny_clip(captions, folder, seed: int = 0, image_size: int = 64, patch_size: int = 8, d_model: int = 96, n_layers: int = 4, embed_dim: int = 64) -> Path:
     "Write a small untrained CLIP, with a tokenizer that knows `captions`, to `folder` in transformers' format; load it with `load_clip(folder)`. Returns the folder."
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
     tok = make_tokenizer(captions)

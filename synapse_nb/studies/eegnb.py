@@ -84,6 +84,13 @@ def _pictures(folder, experiment: Experiment):
     if folder is None: return None
     from synapse_nb.stimuli.images import load_pictures
     stim = load_pictures(folder)
-    stim.table["category"] = [next((c for c, rx in experiment.pictures.items() if re.search(rx, i, re.I)), "") for i in stim.table.image]
+    stim.table["category"] = [_category_of(i, experiment) for i in stim.table.image]
     if not stim.table.category.any(): raise SynapseError(f"{folder} holds no pictures of {', '.join(experiment.pictures) or 'this experiment'}; its folders or files should say so in their names.")
-    return stim
+    return type(stim)(stim.root, stim.table[stim.table.category != ""].reset_index(drop=True))
+
+def _category_of(image: str, experiment: Experiment) -> str:
+    "What the file's own name says, else the nearest folder that names exactly one category; '' for a picture of something else."
+    for part in reversed(image.split("/")):
+        said = [c for c, rx in experiment.pictures.items() if re.search(rx, part, re.I)]
+        if len(said) == 1: return said[0]
+    return ""

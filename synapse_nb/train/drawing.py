@@ -31,13 +31,14 @@ class DrawConf(Recipe):
     "A painter trained on `n_per_category` pictures that are in no study, told their embeddings; and how it draws."
     kind: Literal["draw"] = "draw"
     encoder: str = ""
-    n_per_category: int = 400
+    n_per_category: int = 800
     codec: TrainConf = TrainConf(n_epochs=4, batch_size=64, lr=2e-3)
-    painter: TrainConf = TrainConf(n_epochs=9, batch_size=64, lr=1e-3, weight_decay=0.01)
+    painter: TrainConf = TrainConf(n_epochs=9, batch_size=64, lr=2e-3, weight_decay=0.01)
     judge: TrainConf = TrainConf(n_epochs=8, batch_size=64, lr=2e-3)
+    noise_aug: float = 1.0
     size: str = "small"
     n_steps: int = 20
-    guidance_scale: float = 1.0
+    guidance_scale: float = 2.0
 
 # %% ../../nbs/train/78_drawing.ipynb #280bb12f
 def train_painter(conf: DrawConf, folder) -> tuple[PictureDecoder, dict]:
@@ -47,7 +48,7 @@ def train_painter(conf: DrawConf, folder) -> tuple[PictureDecoder, dict]:
     set_seed(conf.seed)
     codec = PictureCodec().fit_scale(pictures.images)
     histories = {"codec": list(train_model(codec, codec_step, ArrayDataset(**codec.arrays(pictures.images)), None, conf.codec, seed=conf.seed, desc="codec"))}
-    painter = PictureDecoder(codec.eval(), z.shape[1], latent_size=pictures.images.shape[1] // 4, size=conf.size).fit_scale(z)
+    painter = PictureDecoder(codec.eval(), z.shape[1], latent_size=pictures.images.shape[1] // 4, size=conf.size, noise_aug=conf.noise_aug).fit_scale(z)
     histories["painter"] = list(train_model(painter, decoder_step, ArrayDataset(**painter.arrays(pictures.images, z)), None, conf.painter, seed=conf.seed, desc="painter"))
     painter.save(folder)
     with atomic_path(Path(folder)/"known.npy") as tmp: np.save(tmp, z.astype(np.float32))
@@ -55,7 +56,7 @@ def train_painter(conf: DrawConf, folder) -> tuple[PictureDecoder, dict]:
 
 def train_judge(conf: DrawConf):
     "(judge, its history): a small network that names category, colour, size and position."
-    pictures = make_pictures(conf.n_per_category * 3 // 2, seed=30_000 + conf.seed)
+    pictures = make_pictures(conf.n_per_category, seed=30_000 + conf.seed)
     held = np.zeros(len(pictures), bool); held[::10] = True
     judge = make_judge(pictures.table, seed=1234 + conf.seed)
     data = [judge_dataset(judge, pictures.images[m], pictures.table[m]) for m in (~held, held)]
@@ -109,8 +110,8 @@ def draw(painter: PictureDecoder, table: pd.DataFrame, pictures, z: np.ndarray, 
     brain = prior.transform(_vectors(test)) + mean
     if known is not None: brain = onto_known(brain - mean, known - mean) + mean
     true, cats = z_of(test["image"]) + mean, test["category"].to_numpy()
-    sources = (true, brain, brain[shuffle_brains(len(test), seed=conf.seed)], brain[shuffle_brains(cats, "within", seed=conf.seed)])
-    out = [painter.sample(e, conf.n_steps, conf.guidance_scale, seed=conf.seed) for e in sources]
+    out = [painter.sample(e, conf.n_steps, conf.guidance_scale, seed=conf.seed) for e in (true, brain)]     # one starting noise for all: another's brain draws the other's picture
+    out += [out[1][shuffle_brains(len(test), seed=conf.seed)], out[1][shuffle_brains(cats, "within", seed=conf.seed)]]
     seen = pictures.array(64)[[pictures.row(i) for i in test["image"]]]
     return Drawn(test[["image", "concept", "category", "n_averaged"]], seen, *out, kind, int(test["n_averaged"].max()))
 
@@ -120,7 +121,8 @@ def draw_scores(drawn: Drawn, judge, conf: DrawConf, modality: str = "meg+eeg", 
                         data=DataTag(study=study, n_test_pictures=len(drawn.seen)))
     tags = dict(features={"judge": judge.features}, seed=conf.seed, subject="all", split="test", protocol=protocol)
     cats = drawn.table["category"].to_numpy()
-    across = image_quality(drawn.seen, drawn.brain, drawn.shuffled, drawn.true, categories=cats, model=f"painter ({modality})", **tags)
-    within = image_quality(drawn.seen, drawn.brain, drawn.shuffled_within, drawn.true, categories=cats, model=f"painter ({modality})", **tags)
+    shuffles = lambda what, how: [drawn.brain[shuffle_brains(what, how, seed=conf.seed + k)] for k in range(20)]
+    across = image_quality(drawn.seen, drawn.brain, shuffles(len(cats), "across"), drawn.true, categories=cats, model=f"painter ({modality})", **tags)
+    within = image_quality(drawn.seen, drawn.brain, shuffles(cats, "within"), drawn.true, categories=cats, model=f"painter ({modality})", **tags)
     scores = across + [s.tagged(model=s.model.replace("shuffled brain", "shuffled within category")) for s in within if "shuffled" in s.model]
     return [s for s in scores if np.isfinite(s.value)]           # a share has no value where the true embedding is no better than the control
