@@ -124,6 +124,21 @@ def test_a_killed_rank_is_restarted_and_nothing_is_lost(study, one):
     assert (only(study / "restarted") / "predictions.tsv").read_bytes() == (whole / "predictions.tsv").read_bytes()
 
 
+def test_told_twice_to_leave_it_saves_and_goes_on(study):
+    "Slurm sends SIGTERM to every process of a job, and torchrun sends it to its ranks once more."
+    recipe, out = study / "long.toml", study / "told"
+    recipe.write_text((study / "decode.toml").read_text().replace("n_epochs = 3", "n_epochs = 400\npatience = 400"))
+    env = {**ENV, "SYNAPSE_CHECKPOINT_S": "1000"}                                                # nothing but the signal saves
+    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "synapse_nb.train.launch", recipe, "--out", out]
+    p = subprocess.Popen(list(map(str, cmd)), env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(out.glob("long-*/metrics.csv")): time.sleep(0.05); assert p.poll() is None
+    os.killpg(p.pid, signal.SIGTERM)
+    assert p.wait(60) != 0
+    found = list(out.glob("long-*/checkpoints/000-*/step_*"))
+    assert len(found) == 1
+    assert 0 < json.loads((found[0] / "state.json").read_text())["plain"]["position"]["global_step"] < 400
+
+
 def test_what_rank_0_refuses_all_refuse(study, tmp_path):
     with pytest.raises(SynapseError) as e: launch(study / "decode.toml", 2, [f"study.root={tmp_path / 'nowhere'}"], out=tmp_path, quiet=True, env=ENV, timeout_s=200)
     assert "nowhere" in str(e.value) and "Traceback" not in str(e.value)

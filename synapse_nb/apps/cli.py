@@ -12,7 +12,7 @@ import sys
 
 from ..core import SynapseError
 
-# %% ../../nbs/apps/93_cli.ipynb #1b3dc479
+# %% ../../nbs/apps/93_cli.ipynb #ae5b6f48
 def _demo(a):
     from synapse_nb.apps.demo import run_demo
     run_demo(a.out, seed=a.seed, quick=a.quick, force=a.force)
@@ -29,6 +29,10 @@ def _launch(a):
 def _tune(a):
     from synapse_nb.train.tune import tune
     tune(a.recipe, a.space, a.trials, a.out, a.set, a.compare, cpus=a.cpus, gpus=a.gpus, ranks=a.ranks, concurrent=a.concurrent)
+
+def _experiments(a):
+    from synapse_nb.train.experiments import run_plan
+    run_plan(a.plan, a.out, a.where, a.set, cpus=a.cpus, gpus=a.gpus, script=a.script, retry=a.retry)
 
 def _runs(a):
     from synapse_nb.train.runs import runs_table
@@ -71,7 +75,7 @@ def _audit(a):
     if a.report: print(f"written: {audit_report(result).save(a.report)}")
     if result.exit_code: raise SynapseError(f"audit: {result.verdict}")
 
-# %% ../../nbs/apps/93_cli.ipynb #89176417
+# %% ../../nbs/apps/93_cli.ipynb #79f43caa
 def _command(sub, name: str, func, help: str, *args):
     "Add a command; each of `args` is (flags, options)."
     p = sub.add_parser(name, help=help, description=help)
@@ -99,6 +103,9 @@ def make_parser() -> argparse.ArgumentParser:
              ("--trials", dict(type=int, default=8)), OUT, SET, ("--compare", dict(action="store_true", help="best against default on the test split, with an interval")),
              ("--cpus", dict(type=float, default=1, help="of each trial")), ("--gpus", dict(type=float, default=0, help="of each trial; 0.25 shares a GPU between four")),
              ("--ranks", dict(type=int, default=1, help="of each trial, each with so many CPUs and GPUs")), ("--concurrent", dict(type=int, default=0, help="trials at a time (0: what fits)")))
+    _command(sub, "experiments", _experiments, "run a grid of conditions (configs/plans/*.toml); what is finished is skipped", ("plan", {}), OUT, SET,
+             ("--where", dict(choices=("here", "slurm", "ray"), default="here")), ("--cpus", dict(type=float, default=1, help="of each cell, under Ray")), ("--gpus", dict(type=float, default=0, help="of each cell, under Ray")),
+             ("--script", dict(default="scripts/train.slurm", help="what sbatch is given")), ("--retry", dict(action="store_true", help="also the cells that had too few trials")))
     _command(sub, "runs", _runs, "finished, running and broken runs, their scores, and what their ids mean", ("folder", dict(nargs="?", default="runs")))
     _command(sub, "fetch", _fetch, "a public set from its owners: sizes and licence first, whole files or none, continued where it stopped", ("study", {}), ("--subjects", dict(nargs="*", default=None)),
              ("--sessions", dict(nargs="*", default=None)), ("--out", dict(default=None, help="folder (default: data/STUDY)")), ("--dry-run", dict(action="store_true", help="only say what it would be")), ("--mirror", dict(default=None, metavar="URL", help="a server with the same listing")))

@@ -304,13 +304,13 @@ def train_epoch(run: Run, bar) -> None:
         run.seconds["step"] += t2 - t1
         t0 = t2
 
-# %% ../../nbs/train/28_loop.ipynb #9094fcd9
+# %% ../../nbs/train/28_loop.ipynb #9f53d982
 @contextmanager
 def _signals(run: Run):
-    "Note the first SIGINT or SIGTERM in `run.asked`; a second one interrupts at once. Only in the main thread, where signals arrive."
+    "Note SIGINT or SIGTERM in `run.asked`; a second Ctrl-C interrupts at once, a second SIGTERM does not (Slurm tells every process, and torchrun tells its ranks again). Only in the main thread, where signals arrive."
     def ask(sig, frame):
-        if run.asked: raise KeyboardInterrupt
-        run.asked = int(sig)
+        if run.asked and sig == signal.SIGINT: raise KeyboardInterrupt
+        run.asked = run.asked or int(sig)
     if threading.current_thread() is not threading.main_thread(): yield; return
     old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try: yield

@@ -107,10 +107,10 @@ def _adopt(folder: Path, conf, states: Path) -> None:
     shutil.copytree(states, folder/"checkpoints")
     write_text(folder/"id.txt", config_id(conf) + "\n")
 
-# %% ../../nbs/train/82_tune.ipynb #9dc0fe55
+# %% ../../nbs/train/82_tune.ipynb #9a9f91fe
 def need_ray():
     "The `ray` module. Raises `SynapseError` when it is not installed."
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0"); os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0"); os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0"); os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     try: import ray, ray.tune; return ray
     except ImportError: raise SynapseError("The search needs Ray: pip install 'synapse_nb[tune]' (or pip install 'ray[tune,train]' ConfigSpace hpbandster GPy).") from None
 
@@ -167,7 +167,7 @@ def _ranks_loop(conf: dict) -> None:
     last = run_trial(conf["values"], conf["spec"], conf["name"], lambda row, folder=None: train.report(row))
     train.report({**last, "ended": True})
 
-# %% ../../nbs/train/82_tune.ipynb #25d5a7f5
+# %% ../../nbs/train/82_tune.ipynb #aa96c69f
 def search(recipe, space, n_trials: int = 8, out="runs", overrides=(), cpus: float = 1, gpus: float = 0, ranks: int = 1, concurrent: int = 0, seed: int = 0) -> pd.DataFrame:
     """Search `space` (a file) around `recipe`; returns the trials, best first, and writes `trials.tsv` and `best.toml` to `<out>/<recipe>-tune`. The same call again goes on where it stopped.
 
@@ -199,7 +199,7 @@ def _tuner(conf: SpaceConf, spec: dict, n_trials: int, folder: Path, concurrent:
     return tune.Tuner(trainable, param_space=_domains(conf),
                       tune_config=tune.TuneConfig(metric=conf.metric, mode=conf.better, num_samples=n_trials, scheduler=scheduler, search_alg=searcher, max_concurrent_trials=concurrent or None),
                       run_config=tune.RunConfig(name="search", storage_path=str(folder.absolute()/"ray"), verbose=0, stop={"epoch": conf.max_epochs, **conf.stop},
-                                                checkpoint_config=tune.CheckpointConfig(num_to_keep=2)))
+                                                checkpoint_config=tune.CheckpointConfig(num_to_keep=None if conf.scheduler == "pb2" else 2)))       # PB2 may copy from an old one
 
 # %% ../../nbs/train/82_tune.ipynb #11ad47f6
 def _table(results, conf: SpaceConf) -> pd.DataFrame:
