@@ -244,3 +244,44 @@ def test_inspect_is_quick_and_light(fif):
     spent = min(time.time() - t, cpu() - before)
     assert "3 mag" in out and out.strip().endswith("False False")
     assert spent < 3, f"{spent:.1f} s"
+
+
+# ---- other devices: light, a consumer headset, optically pumped magnetometers --------------------------------------------------------
+
+@pytest.fixture()
+def devices(tmp_path):
+    from synapse_nb.studies.formats import write_headset_edf, write_opm, write_snirf
+    r = np.random.default_rng(0); x = {"light": r.normal(1, .01, (8, 600)), "epoc": np.vstack([np.arange(1290) % 128, r.normal(4200, 8, (14, 1290)), np.zeros(1290)]), "opm": np.vstack([r.normal(0, 1e-12, (10, 5000)), .01 * r.normal(size=(1, 5000))])}
+    names = ["COUNTER", *"AF3 F7 F3 FC5 T7 P7 O1 O2 P8 T8 FC6 F4 F8 AF4".split(), "MARKER"]; x["epoc"][15, [300, 700, 1100]] = [1, 2, 1]
+    for s in (500, 1700, 3100, 4200): x["opm"][10, s:s + 80] += 3.3
+    write_snirf(tmp_path / "nirs" / "S01_run1.snirf", x["light"], 10., [(1, 1), (1, 2), (2, 1), (2, 2)], stims={"face": [5., 20.], "house": [12.]})
+    write_headset_edf(tmp_path / "edf" / "S01_run1.edf", x["epoc"], 128, names, ["", *["uV"] * 14, ""])
+    (tmp_path / "opm").mkdir(); write_opm(tmp_path / "opm" / "S01_run1_raw.fif", x["opm"], 1000., ["NI-TRIG-1"])
+    return tmp_path, x, names
+
+
+def test_devices_open_as_what_they_are(devices):
+    root, x, names = devices; light, epoc, opm = (read_raw(root / p) for p in ("nirs/S01_run1.snirf", "edf/S01_run1.edf", "opm/S01_run1_raw.fif"))
+    assert counts(light) == {"fnirs_cw_amplitude": 8} and np.abs(light.get_data(["S2_D1 760"])[0] - x["light"][2]).max() < 1e-12 and list(light.annotations.description).count("face") == 2
+    assert counts(epoc) == {"eeg": 14, "misc": 1, "stim": 1} and epoc.info["sfreq"] == 128 and np.abs(epoc.get_data(["AF4"])[0, :1290] * 1e6 - x["epoc"][14]).max() < .2
+    assert counts(opm) == {"mag": 10, "misc": 1} and {int(c["coil_type"]) for c in opm.info["chs"][:10]} == {8002} and np.abs(opm.get_data()[:10] - x["opm"][:10]).max() < 1e-18
+    assert events(inspect(root / "nirs/S01_run1.snirf"), "annotations") == {"face": 2, "house": 1} and events(inspect(root / "edf/S01_run1.edf"), "MARKER") == {1: 2, 2: 1}
+    assert {e["channel"]: e["n"] for e in inspect_path(root / "opm/S01_run1_raw.fif").events} == {"NI-TRIG-1": 4}
+
+
+def test_devices_go_into_the_store(devices, tmp_path):
+    from synapse_nb.data.store import open_store
+    from synapse_nb.studies.prepare import prepare
+    root, x, _ = devices
+    for folder, kw, kind, n in (("edf", {"codes": {"1": "left", "2": "right"}}, "eeg", 3), ("opm", {"trigger": "NI-TRIG-1"}, "mag", 4), ("nirs", {"codes": {"face": "face", "house": "house"}}, "fnirs_cw_amplitude", 3)):
+        study = get_study("folder", root / folder, **kw); assert study.check() == {study.find_recordings()[0].key: n}
+        p, = prepare(study, tmp_path / "store", f"pick({kind})", progress=False); s = open_store(p.path)
+        assert set(s.ch_types) == {kind} and p.n_trials == n and p.modality == {"edf": "eeg", "opm": "meg", "nirs": "nirs"}[folder]
+        want = read_raw(study.find_recordings()[0].path).get_data(picks=[s.ch_names[2]])[0]; assert np.abs(s.data[:, 2] - want).max() <= 1e-6 * np.abs(want).max()
+        if folder == "opm": assert np.abs(s.events["sample"] - [500, 1700, 3100, 4200]).max() <= 1
+
+
+@pytest.mark.parametrize("name,part", [("nirs/S01_run1.snirf", .6), ("edf/S01_run1.edf", .5), ("opm/S01_run1_raw.fif", .7)])
+def test_truncated_devices_are_errors(devices, name, part):
+    p = devices[0] / name; p.write_bytes(p.read_bytes()[:int(p.stat().st_size * part)])
+    with pytest.raises(SynapseError, match=p.name): read_raw(p)

@@ -278,7 +278,7 @@ def _read_any(path, preload=False, **kw):
 _READERS = {"KIT": _read_kit, "CTF": _read_ctf, "BrainVision": _read_brainvision, "FIF": _read_fif, "XDF": _read_xdf, "CSV": _read_csv, "MATLAB": _read_mat,
             "BDF": _read_any, "EDF": _read_any, "GDF": _read_any, "SNIRF": _read_any, "EEGLAB": _read_any}
 
-# %% ../../nbs/data/10_raw.ipynb #ad03ba04
+# %% ../../nbs/data/10_raw.ipynb #350bdaa0
 _BIDS_END = r"_(meg|eeg|ieeg|nirs)(\.ds|\.fif|\.fif\.gz|\.con|\.sqd|\.vhdr|\.edf|\.bdf|\.set|\.snirf)$"
 
 def find_bids(root) -> list[Path]:
@@ -314,6 +314,7 @@ def _cut_edf(path, raw, width: int) -> str:
     if promised*width*sum(samples) > size: return f"the header promises {promised*float(head[244:252]):g} s, the file holds {raw.n_times/raw.info['sfreq']:g} s"
     return "its last record is not whole" if size % (width*sum(samples)) else ""
 
+# %% ../../nbs/data/10_raw.ipynb #39ea20a5
 def _late_markers(path, raw) -> int:
     "How many markers of a .vmrk file lie behind the last sample."
     vmrk = path.with_suffix(".vmrk")
@@ -378,7 +379,7 @@ class Inspection:
         from html import escape
         return f"<b>{escape(self.path)}</b><table>" + "".join(f"<tr><td>{k}</td><td style='text-align:left'>{escape(v)}</td></tr>" for k, v in self._rows()) + "</table>"
 
-# %% ../../nbs/data/10_raw.ipynb #25e4eef7
+# %% ../../nbs/data/10_raw.ipynb #be6a72d1
 def _codes(x: np.ndarray, fmt: str) -> list[tuple[int, int]]:
     "(sample, code) of each step of a digital line away from its idle value (the most common one); BioSemi's upper status bits are masked."
     v = np.nan_to_num(x).round().astype(np.int64)
@@ -401,7 +402,7 @@ def _find_events(raw, fmt: str, limit: int, find=None) -> list[dict]:
     types = dict(zip(raw.ch_names, raw.get_channel_types()))
     for ch in (c for c, t in types.items() if t == "stim"):
         out += _event_rows([(s/sf, c) for s, c in _codes(raw.get_data(ch, 0, stop)[0], fmt)], ch)
-    lines = [c for c, t in types.items() if t == "misc" and re.search(r"^(misc|trigger|trig|photo|diode|optic|uadc)", c, re.I)] if find else []
+    lines = [c for c, t in types.items() if t == "misc" and re.search(r"^(misc|photo|diode|optic|uadc)|(^|[-_ ])(trigger|trig|ttl)", c, re.I)] if find else []
     part = raw.copy().pick(lines).crop(tmax=(stop - 1)/sf).load_data(verbose="ERROR") if lines else None      # all lines in one pass over the file
     for ch in lines:
         try: p = find(part, ch)

@@ -175,7 +175,7 @@ def _with_guard(split: Split, events) -> Split:
     left = {s: tuple(events["trial_id"][now == s]) for s in ("train", "val", "test")}
     return Split(left["train"], left["val"], left["test"], split.by, split.how, split.window, split.guard, out)
 
-# %% ../../nbs/data/16_splits.ipynb #6083119b
+# %% ../../nbs/data/16_splits.ipynb #5af82820
 def leave_one_out(events: pd.DataFrame, by="run", val=0.1, seed: int = 0, **kw) -> Iterator[Split]:
     "One split per group of `by`: that group is the test side; validation groups come from the others (`val` a share of them). `leave_one_out(events, 'subject')` is leave-one-subject-out."
     (key,) = _keys(by)
@@ -189,6 +189,7 @@ def zero_shot(events: pd.DataFrame, test=0.2, val=0.1, seed: int = 0, **kw) -> S
     "Concepts of the test side never occur in training: `test` is a share of the concepts or their names."
     return make_split(events, by="concept", test=test, val=val, seed=seed, **kw)
 
+# %% ../../nbs/data/16_splits.ipynb #f201cec8
 def published_test(events: pd.DataFrame, val=0.1, seed: int = 0, keep_shared: bool = False) -> Split:
     """The study's own test pictures (`trial_type` 'test') as the test side, the rest of the 'exp' trials for training.
 
@@ -278,7 +279,7 @@ def _check_alike(split, events, side, fingerprints: dict, max_bits: int) -> None
                 d = np.bitwise_count(fb ^ f)
                 if d.min() <= max_bits: _leak(f"the pictures '{ka[j]}' ({a}) and '{kb[int(d.argmin())]}' ({b}) are near-duplicates ({int(d.min())} of 64 bits differ); put them on one side.")
 
-# %% ../../nbs/data/16_splits.ipynb #c34d25fe
+# %% ../../nbs/data/16_splits.ipynb #a2d65c0b
 def check_split(split: Split, events: pd.DataFrame, artefacts=(), *, window=None, guard: float | None = None, fingerprints: dict | None = None, max_bits: int = 3, stores=(), segment: float = 60.) -> None:
     """Raises `SynapseError('leak: …')` when the sides of `split` share anything that they promise not to.
 
@@ -303,6 +304,7 @@ def check_split(split: Split, events: pd.DataFrame, artefacts=(), *, window=None
     if fingerprints: _check_alike(split, ev, side, fingerprints, max_bits)
     for a in artefacts: _check_artefact(artefact_of(a), split, side)
 
+# %% ../../nbs/data/16_splits.ipynb #89a505b4
 def _check_groups(ev, now, values, key: str) -> None:
     "Raises when a group lies on two sides."
     d = pd.DataFrame({"g": values, "s": now, "t": ev["trial_id"]}).dropna()

@@ -119,7 +119,7 @@ def _blocks(data, n_chans, where):
         if not np.isfinite(b).all(): raise SynapseError(f"{where}: NaN or infinite values in channel number {int(np.flatnonzero(~np.isfinite(b).all(0))[0])}; repair or drop it before storing.")
         yield b
 
-# %% ../../nbs/data/15_store.ipynb #9c279cbf
+# %% ../../nbs/data/15_store.ipynb #82e9dbb8
 def write_store(path, data, sfreq: float, ch_names, ch_types, ch_pos=None, events=None, provenance=None, bads=(), *, n_times: int | None = None,
                 meta: dict | None = None, geometry: dict | None = None, compress: bool = False) -> Path:
     """Write one recording: `data` (n_times, n_channels) float32 or an iterable of blocks (n, n_channels) with `n_times` known.
@@ -144,6 +144,7 @@ def write_store(path, data, sfreq: float, ch_names, ch_types, ch_pos=None, event
             h5.attrs["head_sha256"] = _head_hash(h5)
     return path
 
+# %% ../../nbs/data/15_store.ipynb #b55aa8c7
 def _write_signal(h5, data, n_times: int, n_chans: int, compress: bool, where: str) -> None:
     "The signal, block by block, and its checksums."
     kw = {"chunks": (max(1, min(n_times, 2**16//n_chans)), n_chans), "compression": "gzip", "compression_opts": 1, "shuffle": True} if compress else {}
@@ -169,34 +170,12 @@ def _channel_table(names, types, pos, bads, geometry, where) -> pd.DataFrame:
         for i in range(12): df[f"loc{i}"] = geometry["loc"][:, i]
     return df
 
-# %% ../../nbs/data/15_store.ipynb #6a2417f6
+# %% ../../nbs/data/15_store.ipynb #b8a499c2
 _verified: set = set()
 
-class Store:
-    """A finished recording: `.data` (n_times, n_channels) float32 memory map, `.sfreq` Hz, `.ch_names`, `.ch_types`, `.ch_pos` (n_channels, 3) m,
-    `.bads`, `.events` (one row an event), `.provenance`, `.meta`, `.key`. Made by `open_store`."""
-    def __init__(self, path, verify: bool = True):
-        self.path = check_file(path, "store").resolve()
-        try:
-            with h5py.File(self.path, "r") as h5: self._read_head(h5)
-        except (OSError, KeyError, ValueError, RuntimeError, UnicodeDecodeError) as e: raise self._broken(e) from None
-        if verify: self.verify()
-
-    def _broken(self, why) -> SynapseError:
-        return SynapseError(f"The store {self.path} is damaged or cut off ({str(why)[:100]}); delete it and prepare the recording again.")
-
-    def _read_head(self, h5) -> None:
-        "Everything but the signal."
-        if h5.attrs.get("format") != FORMAT: raise SynapseError(f"{self.path} is not a store of this version (format {h5.attrs.get('format')!r}, needed {FORMAT!r}); prepare the recording again.")
-        if h5.attrs["head_sha256"] != _head_hash(h5): raise self._broken("the head does not match its checksum")
-        self.sfreq, self.provenance, self.meta = float(h5.attrs["sfreq"]), json.loads(h5.attrs["provenance"]), json.loads(h5.attrs["meta"])
-        self.channels, self.events = _read_table(h5["channels"]), _read_table(h5["events"])
-        self._dev_head_t, d = json.loads(h5.attrs["dev_head_t"]), h5["signal"]
-        self.n_times, self.n_chans = d.shape
-        self.offset, self._crc = d.id.get_offset(), h5["crc32"][:]
-        if self.offset is not None and self.offset + 4*d.size > os.path.getsize(self.path): raise self._broken("the signal is cut off")
-        self._map = None
-
+# %% ../../nbs/data/15_store.ipynb #d3a168d3
+class _Opened:
+    "What an open store offers."
     def __getstate__(self): return {**self.__dict__, "_map": None}
     def __repr__(self): return f"Store({self.path.name}: {self.n_times} × {self.n_chans} at {self.sfreq:g} Hz, {len(self.events)} events)"
     def __len__(self): return self.n_times
@@ -228,6 +207,33 @@ class Store:
 
     def mne_info(self): return info(self)
 
+# %% ../../nbs/data/15_store.ipynb #19f78269
+class Store(_Opened):
+    """A finished recording: `.data` (n_times, n_channels) float32 memory map, `.sfreq` Hz, `.ch_names`, `.ch_types`, `.ch_pos` (n_channels, 3) m,
+    `.bads`, `.events` (one row an event), `.provenance`, `.meta`, `.key`. Made by `open_store`."""
+    def __init__(self, path, verify: bool = True):
+        self.path = check_file(path, "store").resolve()
+        try:
+            with h5py.File(self.path, "r") as h5: self._read_head(h5)
+        except (OSError, KeyError, ValueError, RuntimeError, UnicodeDecodeError) as e: raise self._broken(e) from None
+        if verify: self.verify()
+
+    def _broken(self, why) -> SynapseError:
+        return SynapseError(f"The store {self.path} is damaged or cut off ({str(why)[:100]}); delete it and prepare the recording again.")
+
+    def _read_head(self, h5) -> None:
+        "Everything but the signal."
+        if h5.attrs.get("format") != FORMAT: raise SynapseError(f"{self.path} is not a store of this version (format {h5.attrs.get('format')!r}, needed {FORMAT!r}); prepare the recording again.")
+        if h5.attrs["head_sha256"] != _head_hash(h5): raise self._broken("the head does not match its checksum")
+        self.sfreq, self.provenance, self.meta = float(h5.attrs["sfreq"]), json.loads(h5.attrs["provenance"]), json.loads(h5.attrs["meta"])
+        self.channels, self.events = _read_table(h5["channels"]), _read_table(h5["events"])
+        self._dev_head_t, d = json.loads(h5.attrs["dev_head_t"]), h5["signal"]
+        self.n_times, self.n_chans = d.shape
+        self.offset, self._crc = d.id.get_offset(), h5["crc32"][:]
+        if self.offset is not None and self.offset + 4*d.size > os.path.getsize(self.path): raise self._broken("the signal is cut off")
+        self._map = None
+
+# %% ../../nbs/data/15_store.ipynb #4c9f5dd3
 def open_store(path, verify: bool = True) -> Store:
     "Open a store; raises `SynapseError` naming the file when it is missing, damaged, cut off or of another format."
     return path if isinstance(path, Store) else Store(path, verify)

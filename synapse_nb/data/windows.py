@@ -189,14 +189,13 @@ class _Served(_Trials):
         if not -len(self) <= i < len(self): raise IndexError(i)
         return {k: v[0] for k, v in self.__getitems__([i % len(self)]).items()}
 
-# %% ../../nbs/data/17_windows.ipynb #7f7c4090
+# %% ../../nbs/data/17_windows.ipynb #d97d088a
 class _Views(_Served):
     "The same windows seen otherwise: some trials of them, whitened, as arrays, as an `mne.Info`."
     def mne_info(self):
         "The `mne.Info` of the picked channels, for topomaps."
         import mne
-        full = info(self.stores[0])
-        return mne.pick_info(full, [full["ch_names"].index(c) for c in self.ch_names])
+        full = info(self.stores[0]); return mne.pick_info(full, [full["ch_names"].index(c) for c in self.ch_names])
 
     def set_epoch(self, epoch_idx: int) -> None:
         "Which training epoch the transform draws its random numbers for."

@@ -146,7 +146,7 @@ def choose(files: list[RemoteFile], subjects=None, sessions=None) -> list[Remote
         out = [f for f in out if (v := _of(f.path, what)) is None or v in short.values()]
     return out
 
-# %% ../../nbs/studies/04_fetch.ipynb #15580523
+# %% ../../nbs/studies/04_fetch.ipynb #2c41ea4f
 def _digest(path: Path, kind: str) -> str:
     "The checksum of a file as its owner counts it."
     h = hashlib.sha1(f"blob {path.stat().st_size}\0".encode()) if kind == "git" else hashlib.new(kind)
@@ -171,6 +171,7 @@ def _append(part: Path, f: RemoteFile, **kw) -> None:
             while have <= f.size and (b := a.read(min(1 << 20, f.size + 1 - have))): out.write(b); have += len(b)
     if have > f.size: part.unlink(); raise SynapseError(f"{f.url}: more than the {f.size} bytes of the listing arrive; nothing is kept.")
 
+# %% ../../nbs/studies/04_fetch.ipynb #57a15e49
 def download(f: RemoteFile, path, retries: int = 5, wait: float = 1., timeout: float = 60.) -> Path:
     """Fetch one file to `path`: under `path.part` first, continued where it broke off, held to size and checksum, then renamed.
 

@@ -83,7 +83,7 @@ def film_events(rec: Recording, session: MovieSession, sfreq: float, rows: str =
     return pd.DataFrame({"trial_id": [f"{rec.key}_f{k:06d}" for k in frame], "subject": rec.subject, "session": rec.session, "run": rec.run, "onset": onset, "sample": np.round(onset*sfreq).astype(int), "duration": 2/session.fps if rows == "pulse" else n*2/session.fps,
                          "trial_type": t.label.map({2: "trailer", 3: "drama", 4: "black"}).to_numpy(), "image": [f"video{v:02d}_part{p}/frame{k:06d}" for k in frame], "concept": "", "category": "", "onset_source": session.source, "frame": frame, "onset_uncertainty": t.uncertainty.to_numpy(float), "pulse_seen": t.seen.to_numpy(bool)})
 
-# %% ../../nbs/studies/38_films.ipynb #068c2388
+# %% ../../nbs/studies/38_films.ipynb #563a6e15
 _RECORDINGS, _PICTURES = (".con", ".sqd", ".mat"), (".mp4", ".mov", ".mkv", ".avi", ".m4v")
 
 def find_movie_files(root) -> tuple[dict, list]:
@@ -100,6 +100,7 @@ def find_movie_files(root) -> tuple[dict, list]:
             else: log.warning("%s: nobody's number (sbj01) in its path; it is left out", p)
     return films, recs
 
+# %% ../../nbs/studies/38_films.ipynb #668c13d3
 class _Sessions(Study):
     "Reading one film session: its raw, its pulses, its bad sensors."
     def read_raw(self, rec: Recording):

@@ -86,7 +86,7 @@ def _ctf_channel(kind: str, pos=None, normal=None) -> bytes:
     here = [none]*8 if pos is None else [_coil(pos, normal, 1, 2e-4), *[none]*7] if kind == "ref" else [_coil(pos, -np.asarray(normal), 2, 2.5e-4), _coil(np.asarray(pos) + .05*np.asarray(normal), normal, 2, 2.5e-4), *[none]*6]
     return struct.pack(">hhi4dhhi", number, 0, 0, gain, converter, 1., 0., 0 if pos is None else 1 if kind == "ref" else 2, 0, 0) + b"".join(here)*2
 
-# %% ../../nbs/studies/08_formats.ipynb #abf2d92a
+# %% ../../nbs/studies/08_formats.ipynb #72db8077
 def _res4(n_chans: int, block: int, blocks: int, sfreq: float, names: list[str], records: list[bytes], subject: str) -> bytes:
     "The header file; every field at the place where CTF keeps it (the names begin at byte 1847)."
     text = lambda s, n: s.encode().ljust(n, b"\0"); b = text("MEG42RS", 8) + text("", 768) + struct.pack(">h", 0) + text("12:00", 255) + text("01-Jul-2020", 255) + struct.pack(">ih", block, n_chans)
@@ -110,6 +110,7 @@ def _compensation(names: list[str], serial: str) -> bytes:
 
 _HC = [("nasion", (7.07, 7.07, -27.), (10., 0., 0.)), ("left ear", (-5.3, 5.3, -27.), (0., 7.5, 0.)), ("right ear", (5.3, -5.3, -27.), (0., -7.5, 0.))]
 
+# %% ../../nbs/studies/08_formats.ipynb #4819f550
 def _hc() -> str:
     "The head coils (cm): the device's axes are turned by 45° against the head's and lie 27 cm above the ears."
     out = ""

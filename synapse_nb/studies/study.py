@@ -206,9 +206,9 @@ def get_study(name: str, root, **options) -> Study:
     study = _STUDIES[name](root, **options); study.name = name
     return study
 
-# %% ../../nbs/studies/20_study.ipynb #ce4c7ced
+# %% ../../nbs/studies/20_study.ipynb #fe8e64af
 _DIODE = re.compile(r"photo|diode|optic|^pd$|^pd[_ ]?\d|light|screen", re.I)
-_TRIGGER = re.compile(r"^(trig|trigger|sti|stim|status|uppt|ttl|marker)", re.I)
+_TRIGGER = re.compile(r"^(sti|stim|status|uppt|marker)|(^|[-_ ])(trig|trigger|ttl)", re.I)
 
 def find_lines(raw, described: dict[str, str] | None = None) -> dict[str, list[str]]:
     "{'digital': channels, 'photodiode': channels} of a raw, by name, by type and by the description that `channels.tsv` gives."

@@ -142,14 +142,18 @@ class _EEG2(Study):
         count = ev.image.value_counts().reindex(self.names[part], fill_value=0)
         if (count != n).any(): raise SynapseError(f"{self.root}, subject {who}: picture {count.index[count != n][0]!r} was shown {count[count != n].iloc[0]} times in the {part} part, not {n} ({(count != n).sum()} such pictures); a session or a part of one is missing.")
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #28eaf2a0
+# %% ../../nbs/studies/37_things_eeg2.ipynb #52a6c56c
+def _persons(subjects) -> set | None:
+    "Numbers of persons as two digits; None for everybody."
+    return None if subjects is None else {str(s).removeprefix("sub-").zfill(2) for s in ([subjects] if isinstance(subjects, (str, int)) else subjects)}
+
 def _labels(root: Path, categories) -> dict | None:
     "concept -> category by the 27-category matrix, when its table is here."
     from synapse_nb.studies.things import find_things, label_concepts
     matrix = find_things(root, None, categories)[1]
     return None if matrix is None else label_concepts(matrix).to_dict()
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #7f44e6da
+# %% ../../nbs/studies/37_things_eeg2.ipynb #221a28c3
 @register_study("things_eeg2")
 class ThingsEEG2(_EEG2):
     """THINGS-EEG2 raw (Gifford et al. 2022, doi:10.1016/j.neuroimage.2022.119754): 10 people × 4 sessions, 63 electrodes at 1000 Hz, SOA 200 ms; one recording a session and part.
@@ -159,7 +163,7 @@ class ThingsEEG2(_EEG2):
         super().__init__(root, channels, keep_targets=keep_targets, **kw); self.keep_targets, self._codes = keep_targets, {}
 
     def find_recordings(self, subjects=None, modality: str | None = None) -> list[Recording]:
-        want, out = None if subjects is None else {str(s).removeprefix("sub-").zfill(2) for s in ([subjects] if isinstance(subjects, (str, int)) else subjects)}, []
+        want, out = _persons(subjects), []
         for p in sorted(self.root.glob("**/raw_eeg_*.npy")):
             who, ses, part = (re.search(rx, p.as_posix()) for rx in (r"sub-?0*(\d+)/", r"ses-?0*(\d+)/", r"raw_eeg_(training|test)\.npy$"))
             if not (who and ses and part): raise SynapseError(f"{p}: where the person, the session and the part should be (sub-01/ses-01/raw_eeg_training.npy) the path says something else.")
@@ -185,9 +189,21 @@ def _ready_arrays(path: Path, names: list[str]) -> dict:
     if len(x) != len(names): raise SynapseError(f"{path}: {len(x)} pictures, image_metadata.npy lists {len(names)}; they do not belong together.")
     return d
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #29a7795d
+# %% ../../nbs/studies/37_things_eeg2.ipynb #929c9d78
+class _Arrays(_EEG2):
+    "Blocks of a ready file; the last file stays open."
+    def _array(self, path: Path) -> dict:
+        "The file's dictionary."
+        if path not in self._open: self._open = {path: _ready_arrays(path, self.names[re.search(r"training|test", path.name)[0]])}
+        return self._open[path]
+
+    def _cut(self, rec: Recording):
+        d = self._array(rec.path); a = (int(rec.run) - 1)*self.block; x = d["preprocessed_eeg_data"][a:a + self.block]
+        return x, a, [str(c) for c in d["ch_names"]][:x.shape[2]], np.asarray(d["times"], float)
+
+# %% ../../nbs/studies/37_things_eeg2.ipynb #a69287ac
 @register_study("things_eeg2_epochs")
-class ThingsEEG2Epochs(_EEG2):
+class ThingsEEG2Epochs(_Arrays):
     """THINGS-EEG2 as ready arrays `preprocessed_eeg_{training,test}.npy` (pictures, repeats, channels, samples), 250 Hz or whatever `times` says. A recording is `block` pictures, all repeats of each, end to end.
 
     Repeats stay trials (`repeat` 0 … 3 or 79); units are the owners' (noise-normalised)."""
@@ -196,13 +212,8 @@ class ThingsEEG2Epochs(_EEG2):
 
     def __getstate__(self): return {**self.__dict__, "_open": {}}
 
-    def _array(self, path: Path) -> dict:
-        "The file's dictionary; the last one stays open."
-        if path not in self._open: self._open = {path: _ready_arrays(path, self.names[re.search(r"training|test", path.name)[0]])}
-        return self._open[path]
-
     def find_recordings(self, subjects=None, modality: str | None = None) -> list[Recording]:
-        want, out = None if subjects is None else {str(s).removeprefix("sub-").zfill(2) for s in ([subjects] if isinstance(subjects, (str, int)) else subjects)}, []
+        want, out = _persons(subjects), []
         for p in sorted(self.root.glob("**/preprocessed_eeg_*.npy")):
             part, who = re.search(r"preprocessed_eeg_(training|test)\.npy$", p.name), re.search(r"sub-?0*(\d+)/", p.as_posix())
             if not part or not who: raise SynapseError(f"{p}: sub-01/preprocessed_eeg_training.npy (or _test) is what the owners call such a file.")
@@ -211,10 +222,6 @@ class ThingsEEG2Epochs(_EEG2):
         return sorted(out, key=lambda r: (r.subject, r.task == "test", r.run))
 
     def _whole(self, mine: list) -> bool: return True
-
-    def _cut(self, rec: Recording):
-        d = self._array(rec.path); a = (int(rec.run) - 1)*self.block; x = d["preprocessed_eeg_data"][a:a + self.block]
-        return x, a, [str(c) for c in d["ch_names"]][:x.shape[2]], np.asarray(d["times"], float)
 
     def read_raw(self, rec: Recording):
         import mne
