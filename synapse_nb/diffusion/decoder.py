@@ -21,11 +21,11 @@ from .denoiser import Denoiser
 class PictureDecoder(nn.Module):
     """Embeddings `(n, embed_dim)` -> pictures, by diffusion of a codec's latents.
 
-    `prediction`: what the network says, the clean `sample` (learns fastest when the embedding says much), `v_prediction` or `epsilon`.
+    `prediction`: what the network says: `v_prediction` (the default: at little noise it hands the picture on, at much noise it corrects the draft), the clean `sample` or `epsilon`.
     `codec`: a fitted `PictureCodec`. `fit_scale(embeddings)` takes the normalisation from the training pictures' embeddings (only directions count: they are made unit vectors first).
     Train with `decoder_step` on `arrays(images, embeddings)`; `noise_aug`: the largest noise on training embeddings, in their standard deviations; `p_drop`: part of samples told nothing.
     Sources: Ho et al. 2020 (arXiv:2006.11239); Ramesh et al. 2022, unCLIP (arXiv:2204.06125)."""
-    def __init__(self, codec: PictureCodec, embed_dim: int, latent_size: int = 16, size="small", prediction: str = "sample", noise_aug: float = 2.0, p_drop: float = 0.1):
+    def __init__(self, codec: PictureCodec, embed_dim: int, latent_size: int = 16, size="small", prediction: str = "v_prediction", noise_aug: float = 2.0, p_drop: float = 0.1):
         super().__init__()
         if prediction not in ("epsilon", "v_prediction", "sample"): raise SynapseError(f"prediction={prediction!r}: choose epsilon, v_prediction or sample.")
         from diffusers import DDPMScheduler
@@ -56,7 +56,11 @@ class PictureDecoder(nn.Module):
         "Conditions with noise of `amount` `(n, 1)` standard deviations, kept at unit variance, and the amount beside them: `(n, embed_dim + 1)`."
         return torch.cat([(c + amount * noise) / (1 + amount**2).sqrt(), amount], 1)
 
-    def forward(self, x, t, c, drop=None): return self.denoiser(x, t, c, drop)
+    def forward(self, x, t, c, drop=None):
+        out, draft = self.denoiser(x, t, c, drop)
+        if self.config["prediction"] != "v_prediction": return out, draft
+        sigma = (1 - self.scheduler.alphas_cumprod.to(x.device)[t]).sqrt().view(-1, 1, 1, 1)
+        return out - sigma * draft.detach(), draft                 # v = alpha noise - sigma picture, and the draft is the picture so far
 
 # %% ../../nbs/diffusion/73_decoder.ipynb #5b5dc589
 def decoder_step(model, batch) -> dict:

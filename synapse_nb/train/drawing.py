@@ -18,7 +18,7 @@ from ..core import SynapseError, atomic_path, check_file, set_seed
 from ..diffusion.codec import PictureCodec, codec_step
 from ..diffusion.decoder import PictureDecoder, decoder_step, load_decoder
 from ..diffusion.prior import EmbeddingPrior
-from ..evaluate.image_quality import image_quality, shuffle_brains
+from ..evaluate.image_quality import image_quality, shuffle_brains, two_way_identification
 from ..evaluate.metrics import DataTag, Protocol, Score, TargetTag
 from ..stimuli.embed import ArrayDataset, judge_dataset, judge_step, make_judge
 from ..stimuli.images import make_pictures
@@ -92,13 +92,12 @@ def with_all(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([fuse(table), every.assign(n_averaged=every["n_averaged"] // n)], ignore_index=True)
 
 def choose_kind(fused: pd.DataFrame, z_of) -> str:
-    "Ridge or a network: whichever points nearer to the true embeddings of the validation pictures (mean cosine)."
-    val, cos = fused[fused["side"] == "val"], {}
+    "Ridge or a network: whichever tells the validation pictures apart best (the right one of two, by cosine)."
+    val, told = fused[fused["side"] == "val"], {}
     for kind, rows in val.groupby("kind"):
-        a, b = _vectors(rows), z_of(rows["image"])
-        cos[kind] = float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).mean())
-    if not cos: raise SynapseError("There are no validation pictures to choose by; give split.val a share.")
-    return max(cos, key=cos.get)
+        told[kind] = float(two_way_identification(_vectors(rows), z_of(rows["image"]), similarity="cosine").mean())
+    if not told: raise SynapseError("There are no validation pictures to choose by; give split.val a share.")
+    return max(told, key=told.get)
 
 def draw(painter: PictureDecoder, table: pd.DataFrame, pictures, z: np.ndarray, conf: DrawConf, known=None) -> Drawn:
     "`table`: predicted (centred) embeddings of `match`; `z`: unit-length embeddings of `pictures`; `known`: those of the painter's own pictures. One drawing for each test picture and source."
@@ -106,9 +105,8 @@ def draw(painter: PictureDecoder, table: pd.DataFrame, pictures, z: np.ndarray, 
     fused = with_all(table)
     kind = choose_kind(fused, z_of)
     val, test = (fused[(fused["side"] == s) & (fused["kind"] == kind)].sort_values("image").reset_index(drop=True) for s in ("val", "test"))
-    prior = EmbeddingPrior(unit=False).fit(_vectors(val), z_of(val["image"]), z - mean)
-    brain = prior.transform(_vectors(test)) + mean
-    if known is not None: brain = onto_known(brain - mean, known - mean) + mean
+    if known is not None: brain = onto_known(_vectors(test), known - mean) + mean
+    else: brain = EmbeddingPrior(unit=False).fit(_vectors(val), z_of(val["image"]), z - mean).transform(_vectors(test)) + mean
     true, cats = z_of(test["image"]) + mean, test["category"].to_numpy()
     out = [painter.sample(e, conf.n_steps, conf.guidance_scale, seed=conf.seed) for e in (true, brain)]     # one starting noise for all: another's brain draws the other's picture
     out += [out[1][shuffle_brains(len(test), seed=conf.seed)], out[1][shuffle_brains(cats, "within", seed=conf.seed)]]
@@ -117,7 +115,7 @@ def draw(painter: PictureDecoder, table: pd.DataFrame, pictures, z: np.ndarray, 
 
 def draw_scores(drawn: Drawn, judge, conf: DrawConf, modality: str = "meg+eeg", study: str = "") -> list[Score]:
     "Pixel, structure and judge scores of the sheet, each with the shuffled-brain control (across and within category) and the true embedding."
-    protocol = Protocol(task="reconstruction", unit=f"pred-avg:{drawn.n_averaged}", generalise="new-image", selection="val:cosine", target=TargetTag(encoder=Path(conf.encoder).name, layers="last"),
+    protocol = Protocol(task="reconstruction", unit=f"pred-avg:{drawn.n_averaged}", generalise="new-image", selection="val:two-way", target=TargetTag(encoder=Path(conf.encoder).name, layers="last"),
                         data=DataTag(study=study, n_test_pictures=len(drawn.seen)))
     tags = dict(features={"judge": judge.features}, seed=conf.seed, subject="all", split="test", protocol=protocol)
     cats = drawn.table["category"].to_numpy()
