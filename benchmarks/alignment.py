@@ -4,8 +4,13 @@
 
 A session is a trigger or photodiode trace at 1 kHz, made from the instants at which the light changed (the truth), and the log of when each
 picture or pulse frame was expected. Faults are drawn from a grid. *Before anything is aligned* the generator says from the faults alone
-whether the session is recoverable: "yes", "no", or "open" (more than 10 % lost or extra, or a coincidence that makes the evidence partial:
-both answers are right, a wrong frame is not). The naive way is a fixed threshold (half-way) and matching by position when the counts agree.
+whether the session is recoverable: "yes", "no", or "open". Open means that both answers are right, though a wrong frame never is: more than 10 %
+lost or extra, or an evenly spaced train one of whose ends rests on a pulse that may itself be among the lost ones. (With 5 % lost, the first pulse
+after a silence is the second one in one session of twenty; nothing in the recording says so. Whoever accepts those is wrong in 5 % of them.)
+
+Every frame that the recording holds is scored. Frames that fell into dropped samples have no instant in the recording, and are not. Where a clock was
+reset, the frames between the last pulse before and the first one after it may be declared unknown, which is counted; anywhere else that is an error.
+The naive way is a fixed threshold (half-way) and matching by position when the counts agree.
 Nothing here shares a constant with the aligner.
 """
 import argparse, json, os, sys, time
@@ -20,6 +25,7 @@ GRID = dict(lost=(0, .02, .05, .1, .15, .2), extra=(0, .02, .05, .1, .15, .2), j
 class Session:
     kind: str; x: np.ndarray; expected: np.ndarray; truth: np.ndarray; seen: np.ndarray; inside: np.ndarray
     recoverable: str; why: str; faults: dict = field(default_factory=dict); frame: float = 0.; between: np.ndarray = None      # instants of the frames without a pulse
+    hidden: np.ndarray = None                                                               # expected between the last pulse before and the first after a reset
 
 def _film(r, fps, ids, pulses):
     "Expected pulse times of a film: id pulses (video, part), black between, then one pulse per two frames. Returns times, where the film starts."
@@ -80,7 +86,7 @@ def simulate(seed: int) -> Session:
     t0 = light[0] + r.uniform(.1, .3)*(light[-1] - light[0]) if f["ends"] in ("start", "both") else 0.
     t1 = light[-1] - r.uniform(.1, .3)*(light[-1] - light[0]) if f["ends"] in ("end", "both") else stop
     inside = (light > t0 + .05) & (light < t1 - .05); n = int((t1 - t0)*FS); between = None if frame is None else lead + slope*(shown + (frame if not f["rate"] else frame*float(np.median(np.diff(shown))/np.median(np.diff(e)))) - shown[0]) + r.uniform(0, 1, len(shown))*f["jitter"]
-    at = None
+    hidden = np.zeros(len(shown), bool)
     if f["reset"]:                                                             # samples dropped (< 0) or blank samples put in
         at = r.uniform(.3, .7)*(light[-1] - light[0]) + light[0]; at = float(np.clip(at, t0 + .1, t1 - .1)); c = f["reset"]
         gone = lambda t: (t >= at) & (t < at - c) if c < 0 else np.zeros(len(t), bool)
@@ -88,11 +94,17 @@ def simulate(seed: int) -> Session:
         if (k := np.flatnonzero((on < at) & (off > at))).size: off[k] = at - .001
         ok = ~gone(on); on, off = move(on[ok]), move(off[ok]); hit = np.abs(light - at) < width + .01
         f["reset_lost"] = int((inside_reset | ((lost | ~seen) & (np.abs(light - at) < abs(c) + 3*np.median(np.diff(shown))))).sum() + (hit & ~seen).sum())
+        k = np.flatnonzero(seen & inside); hidden = _around(light, light[k], at)
         light = move(light); between = None if between is None else move(between); stop += c; t1 = t1 + c if t1 > at else t1; n = int((t1 - t0)*FS); inside &= ~inside_reset
     ok = (off > t0) & (on < t1); x = _trace(r, on[ok] - t0, off[ok] - t0, n, f)
     answer, why = _recoverable(kind, f, first, inside, seen, light, e, frame)
-    if f["swapped"]: light = np.full(len(e), np.nan); seen = inside = np.zeros(len(e), bool); between = None
-    return Session(kind, x, e, light - t0, seen & inside, inside, answer, why, f, frame or .5*float(np.median(np.diff(e))), None if between is None else between - t0)
+    if f["swapped"]: light = np.full(len(e), np.nan); seen = inside = hidden = np.zeros(len(e), bool); between = None
+    return Session(kind, x, e, light - t0, seen & inside, inside, answer, why, f, frame or .5*float(np.median(np.diff(e))), None if between is None else between - t0, hidden)
+
+def _around(light, pulses, at, n=3):
+    "Expected between the `n`-th last pulse before and the `n`-th after the instant `at`."
+    before, after = pulses[pulses < at], pulses[pulses >= at]
+    return (light > (before[-n] if len(before) >= n else -np.inf)) & (light < (after[n - 1] if len(after) >= n else np.inf))
 
 def _recoverable(kind, f, first, inside, seen, light, e, frame):
     "From the faults alone: can anyone know which pulse is which?"
@@ -104,8 +116,8 @@ def _recoverable(kind, f, first, inside, seen, light, e, frame):
     clean = f["lost"] == 0 and f["extra"] == 0 and not f["burst"]
     heavy = f["lost"] > .1 or f["extra"] > .1
     if even and f["reset"]:
-        if cut_start or cut_end: return ("no", "an even train with a clock reset and an end missing") if not (kind == "film" and not cut_start) else ("open", "after the reset nothing anchors the count")
-        return "open", "an even train across a clock reset"
+        if cut_start or cut_end: return "no", "an even train with a clock reset and an end missing: nothing anchors that side of the reset"
+        return ("yes", "a clock reset between two whole ends") if clean and got[0] and got[-1] else ("open", "an even train across a clock reset, and an end may have lost a pulse")
     if anchored and kind == "film" and not got[: first].sum() >= .8*first: return "open", "most id pulses were lost"
     if anchored: return ("open", "more than 10 % lost or extra") if heavy else ("yes", "anchored")
     if cut_start and cut_end: return "no", "an even train with both ends gone"
@@ -127,14 +139,19 @@ def run(seed: int) -> dict:
     s = simulate(seed); t = time.process_time(); p = find_pulses(s.x, FS); t1 = time.process_time(); a = align(p, s.expected, max_drift=1000.); took = time.process_time() - t1
     row = dict(seed=seed, kind=s.kind, recoverable=s.recoverable, why=s.why, verdict=a.verdict, reason=a.reason, find_s=t1 - t, align_s=took, n=len(s.expected), jitter=s.faults["jitter"], faults=s.faults)
     if a.verdict != "refused":
-        on, unc = a.corrected_onsets(); m = s.inside & np.isfinite(unc); err = np.abs(on - s.truth)      # an infinite uncertainty says: unknown
+        on, unc = a.corrected_onsets(); known = np.isfinite(unc); m = s.inside & known; err = np.abs(on - s.truth)
+        row |= dict(unknown=int((s.inside & ~known).sum()), unknown_wrongly=int((s.inside & ~known & ~s.hidden).sum()), frames=int(s.inside.sum()))
         row |= dict(seen=err[m & s.seen], unseen=err[m & ~s.seen], covered=(err <= unc)[m & ~s.seen], worst=float(np.nanmax(err[m]/s.frame)) if m.any() else np.inf)
         if s.between is not None:
-            ok = m & (np.r_[np.diff(s.expected) < 2.5*s.frame, False]); u2 = a.uncertainty_at(s.expected + s.frame); ok &= np.isfinite(u2); e2 = np.abs(a.to_recording(s.expected + s.frame) - s.between)[ok]
+            ok = m & (np.r_[np.diff(s.expected) < 2.5*s.frame, False]) & np.isfinite(s.between); u2 = a.uncertainty_at(s.expected + s.frame); ok &= np.isfinite(u2); e2 = np.abs(a.to_recording(s.expected + s.frame) - s.between)[ok]
             row["unseen"] = np.r_[row["unseen"], e2]; row["covered"] = np.r_[row["covered"], e2 <= u2[ok]]; row["worst"] = max(row["worst"], float(e2.max()/s.frame) if len(e2) else 0)
         if s.faults["swapped"]: row["worst"] = np.inf
     b = naive(s); row["naive"] = None if b is None else (np.inf if s.faults["swapped"] else float(np.max(np.abs(b - s.truth)[s.inside]/s.frame) if s.inside.any() else np.inf))
-    if b is not None and not s.faults["swapped"]: row["naive_err"] = np.abs(b - s.truth)[s.inside]
+    if b is not None and not s.faults["swapped"]:
+        row["naive_err"] = np.abs(b - s.truth)[s.inside]
+        if s.between is not None:                                           # half-way between pulses, good to a sample
+            e2 = np.abs(np.interp(s.expected + s.frame, s.expected, b) - s.between)[s.inside & (np.r_[np.diff(s.expected) < 2.5*s.frame, False])]
+            row |= dict(naive_unseen=e2, naive_covered=e2 <= 1/FS)
     return row
 
 def report(rows, out=print) -> dict:
@@ -144,14 +161,20 @@ def report(rows, out=print) -> dict:
     bins = sorted({r["jitter"] for r in ok}); un = {j: cat("unseen", [r for r in ok if r["jitter"] == j]) for j in bins}
     med_excess = max((pct(un[j], 50) - .5*j*1e3 for j in bins), default=0); p99_excess = max((pct(un[j], 99) - j*1e3 for j in bins), default=0)
     wrong = [r for r in ok if not r["worst"] <= 1]; yes = [r for r in rows if r["recoverable"] == "yes"]; no = [r for r in rows if r["recoverable"] == "no"]
+    nun = {j: cat("naive_unseen", [r for r in rows if r["jitter"] == j]) for j in bins}; nun = {j: v for j, v in nun.items() if len(v)}; ncov = cat("naive_covered", rows)
+    worse = lambda q, k: max((pct(v, q) - k*j*1e3 for j, v in nun.items()), default=None)
     nv = [r for r in rows if r["naive"] is not None]; nwrong = [r for r in nv if not r["naive"] <= 1]; nerr = cat("naive_err", rows)
     share = lambda a, b: 100*len(a)/max(len(b), 1); refused = lambda rs: [r for r in rs if r["verdict"] == "refused"]
     table = [("seen frames, median (ms)", pct(seen, 50), pct(nerr, 50), .5, "<="), ("seen frames, 99th percentile (ms)", pct(seen, 99), pct(nerr, 99), 2., "<="),
-             ("frames without pulse, median beyond half the jitter's range (ms)", med_excess, None, .5, "<="), ("frames without pulse, 99th beyond the jitter's range (ms)", p99_excess, None, 1., "<="),
-             ("uncertainty covers (% of frames without pulse)", float(100*np.mean(cat("covered"))) if len(cat("covered")) else 100., None, 95., ">="),
+             ("frames without pulse, median beyond half the jitter's range (ms)", med_excess, worse(50, .5), .5, "<="), ("frames without pulse, 99th beyond the jitter's range (ms)", p99_excess, worse(99, 1), 1., "<="),
+             ("uncertainty covers (% of frames without pulse)", float(100*np.mean(cat("covered"))) if len(cat("covered")) else 100., float(100*np.mean(ncov)) if len(ncov) else None, 95., ">="),
+             ("frames declared unknown where no clock was reset", sum(r["unknown_wrongly"] for r in ok), None, 0, "<="),
              ("accepted sessions with a frame off by more than one", len(wrong), len(nwrong), 0, "<="), ("recoverable sessions refused (%)", share(refused(yes), yes), share([r for r in yes if r["naive"] is None], yes), 1., "<="),
              ("unrecoverable sessions refused (%)", share(refused(no), no), share([r for r in no if r["naive"] is None], no), 99., ">="), ("a film of 11,000 pulses or more, median CPU time (s)", float(np.median([r["align_s"] for r in rows if r["kind"].endswith("film") and r["n"] > 11_000] or [0.])), None, .9, "<=")]
     out(f"{len(rows)} sessions: {len(yes)} recoverable, {len(no)} not, {len(rows) - len(yes) - len(no)} open; accepted {len(ok)} (naive {len(nv)})")
+    out(f"  frames declared unknown at clock resets: {sum(r['unknown'] for r in ok)} of {sum(r['frames'] for r in ok)}")
+    for name, rs in (("open: " + w, [r for r in rows if r["recoverable"] == "open" and r["why"] == w]) for w in sorted({r["why"] for r in rows if r["recoverable"] == "open"})):
+        out(f"  {name}: {len(rs)}, refused {len(refused(rs))}, with a wrong frame {sum(any(r is w for w in wrong) for r in rs)}")
     lines = []
     for what, ours, peer, bar, sign in table:
         holds = ours <= bar if sign == "<=" else ours >= bar
@@ -169,7 +192,7 @@ def main():
     else: rows = [run(k) for k in range(a.seed, a.seed + n)]
     if a.verbose:
         for r in rows:
-            bad = (r["verdict"] != "refused" and not r["worst"] <= 1) or (r["recoverable"] == "yes" and r["verdict"] == "refused") or (r["recoverable"] == "no" and r["verdict"] != "refused")
+            bad = (r["verdict"] != "refused" and (not r["worst"] <= 1 or r["unknown_wrongly"])) or (r["recoverable"] == "yes" and r["verdict"] == "refused") or (r["recoverable"] == "no" and r["verdict"] != "refused")
             if bad or r["align_s"] > 1.5: print(f"{r['align_s']:.1f}s", r["n"], r["seed"], r["kind"], r["recoverable"], r["why"], "|", r["verdict"], r["reason"][:110], "| worst", r.get("worst"), {k: v for k, v in r["faults"].items() if v})
     result = report(rows); print(f"{time.time() - t:.0f} s"); print(json.dumps(result)); sys.exit(0 if result["holds"] else 1)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Alignment', 'align', 'align_table', 'align_files', 'write_alignment_report']
 
-# %% ../../nbs/data/12_align.ipynb #d6450212
-from dataclasses import dataclass, field
+# %% ../../nbs/data/12_align.ipynb #f203b0be
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,241 +14,385 @@ from ..core import SynapseError, check_finite
 from .raw import read_raw, read_table
 from .triggers import Pulses, find_pulses_raw
 
-# %% ../../nbs/data/12_align.ipynb #54e20921
+# %% ../../nbs/data/12_align.ipynb #b55ab475
 def _nearest(a, b):
-    "For each `a` the index of the nearest `b` (both sorted)."
-    k = np.clip(np.searchsorted(b, a), 1, len(b) - 1) if len(b) > 1 else np.zeros(len(a), int)
-    return np.where((k > 0) & (np.abs(a - b[k - 1]) <= np.abs(b[k] - a)), k - 1, k) if len(b) > 1 else k
+    "For each `a` the index of the nearest `b` (both sorted, `b` not empty)."
+    if len(b) == 1: return np.zeros(len(a), int)
+    k = np.clip(np.searchsorted(b, a), 1, len(b) - 1)
+    return np.where(np.abs(a - b[k - 1]) <= np.abs(b[k] - a), k - 1, k)
 
 def _match(o, pred, tol):
     "Pairs (expected i, observed j) that are each other's nearest within `tol` s."
     if not len(o) or not len(pred): return np.zeros(0, int), np.zeros(0, int)
-    j = _nearest(pred, o); i = np.arange(len(pred))
-    ok = (_nearest(o, pred)[j] == i) & (np.abs(o[j] - pred) <= tol)
-    return i[ok], j[ok]
+    j = _nearest(pred, o)
+    i = np.flatnonzero((np.abs(o[j] - pred) <= tol) & (_nearest(o, pred)[j] == np.arange(len(pred))))
+    return i, j[i]
 
-def _fit(o, e, slope, lag, tol, rounds=5):
-    "Improve (slope, lag) by matching and fitting in turn, outliers dropped; returns slope, lag, residual sd (s), i, j."
-    i = j = np.zeros(0, int); sd = np.nan
-    for r in range(rounds):
-        i, j = _match(o, lag + slope*e, tol)
-        if len(i) < 3: return slope, lag, np.nan, i, j
-        x, y = e[i], o[j]; keep = np.ones(len(x), bool)
-        for _ in range(3):
-            if keep.sum() < 3: keep[:] = True
-            c, m = x[keep].mean(), y[keep].mean(); s = ((x[keep] - c)*(y[keep] - m)).sum()/max(((x[keep] - c)**2).sum(), 1e-30)
-            res = y - m - s*(x - c); sd = 1.4826*np.median(np.abs(res[keep] - np.median(res[keep]))) + 1e-6
-            keep = np.abs(res) < 4*sd + 1e-6
-        slope, lag = s, m - s*c
-        tol = min(tol, max(8*sd, .003))
-    return slope, lag, sd, i, j
+def _line(x, y, slope0, max_drift, rounds=4):
+    "Robust line y = lag + slope*x: slope, lag, residual sd (s). A stretch too short to tell the slope keeps `slope0`."
+    keep, slope, sd = np.ones(len(x), bool), slope0, np.inf
+    for _ in range(rounds):
+        cx, cy = x[keep].mean(), y[keep].mean()
+        dx, dy = x[keep] - cx, y[keep] - cy
+        prior = (sd/max_drift)**2 if np.isfinite(sd) else 0.
+        slope = (dx @ dy + prior*slope0)/max(dx @ dx + prior, 1e-30)
+        slope = float(np.clip(slope, slope0 - max_drift, slope0 + max_drift))
+        res = y - cy - slope*(x - cx)
+        sd = 1.4826*np.median(np.abs(res[keep] - np.median(res[keep]))) + 1e-5
+        near = np.abs(res) <= 4*sd
+        if near.sum() < max(3, .3*len(x)) or (near == keep).all(): break
+        keep = near
+    return slope, float(cy - slope*cx), float(sd)
 
-# %% ../../nbs/data/12_align.ipynb #605b2462
-def _votes(o, e, slope, tol, keep=24):
-    "Lags (s) at which most pulses match, best first, at least `tol` apart; and their counts."
-    x = slope*e; b = max(tol/4, (max(o[-1], x[-1]) - min(o[0], x[0]))/2**20); n = int((o[-1] - o[0])/b) + 2; m = int((x[-1] - x[0])/b) + 2
-    size = 1 << int(np.ceil(np.log2(n + m + 2)))
-    a = np.zeros(size); np.add.at(a, ((o - o[0])/b).astype(int), 1.); c = np.zeros(size); np.add.at(c, ((x - x[0])/b).astype(int), 1.)
-    v = np.fft.irfft(np.fft.rfft(a)*np.conj(np.fft.rfft(c)), size); v = v + .5*np.roll(v, 1) + .5*np.roll(v, -1)
-    k = np.flatnonzero((v >= np.roll(v, 1)) & (v > np.roll(v, -1)) & (v > .5)); k = k[np.argsort(-v[k], kind="stable")][: 8*keep]
-    lag = o[0] - x[0] + np.where(k > size//2, k - size, k)*b; out = []
-    for q, s in zip(lag, v[k]):
-        if all(abs(q - p) > tol for p, _ in out): out.append((q, s))
-        if len(out) == keep: break
-    return np.array(out).reshape(-1, 2)
+# %% ../../nbs/data/12_align.ipynb #7a34a4fc
+def _seed(o, e, ratio, tol, max_drift, at, least=16, most=150):
+    "(slope, lag) at which the pulses around index `at` fall on expected times most often."
+    inside = np.diff(np.searchsorted(o, [o[at] - .5*tol/max_drift, o[at] + .5*tol/max_drift]))[0]
+    half = int(np.clip(inside, least, most))//2 + 1
+    w = o[max(at - half, 0):at + half]
+    step = tol/max(w[-1] - w[0], 1e-9); k = min(int(np.ceil(max_drift/step)), 200)
+    turns = sorted(range(-k, k + 1), key=abs); best = (-1., 0., 0.)
+    for s in ratio + np.array(turns)*min(step, max_drift):
+        d = (w[:, None] - s*e).ravel(); low = d.min()
+        votes = np.bincount(((d - low)*(2/tol)).astype(int)); votes = votes[:-1] + votes[1:]
+        if votes.max() <= best[0]: continue
+        middle = .5*(o[0] + o[-1] - s*(e[0] + e[-1]))                       # of equal lags the one that centres the trains
+        lags = low + (np.flatnonzero(votes >= .9*votes.max()) + 1)*tol/2
+        best = (votes.max(), float(s), float(lags[np.argmin(np.abs(lags - middle))]))
+    return best[1:]
 
-# %% ../../nbs/data/12_align.ipynb #c1537300
+def _grow(o, e, slope, lag, at, tol, max_drift):
+    "Extend a map outwards from pulse `at`: match, fit, widen. Returns slope, lag, residual sd (s), i, j."
+    half, start, sd, gate = 12, slope, tol, tol
+    while True:
+        lo, hi = max(at - half, 0), min(at + half, len(o))
+        a, b = np.searchsorted(lag + slope*e, [o[lo] - tol, o[hi - 1] + tol])
+        i, j = _match(o[lo:hi], lag + slope*e[a:b], gate)
+        i, j = i + a, j + lo
+        if len(i) >= 4:
+            slope, lag, sd = _line(e[i], o[j], start, max_drift)
+            gate = float(np.clip(6*sd, .003, tol))
+        if lo == 0 and hi == len(o): return slope, lag, sd, i, j
+        half = int(1.5*half) + 1
+
+def _clock(o, e, ratio, tol, max_drift):
+    "The clock ratio, from the stretch that grows best; the lags of all stretches at that ratio; the residual sd (s)."
+    grown = []
+    for part in (.5, .15, .85, .33, .67):
+        at = int(part*(len(o) - 1))
+        s, lag = _seed(o, e, ratio, tol, max_drift, at)
+        grown.append(_grow(o, e, s, lag, at, tol, max_drift))
+        if len(grown[-1][3]) > .9*min(len(o), len(e)): break
+    slope, _, sd, _, _ = max(grown, key=lambda g: len(g[3])*(1 - .5*min(g[2]/tol, 1.)))
+    return slope, [float(np.median(o[j] - slope*e[i])) for *_, i, j in grown if len(i)], sd
+
+# %% ../../nbs/data/12_align.ipynb #a6672389
 def _typical(t) -> float:
     "The most frequent interval (s): splits by spurious pulses and doublings by lost ones are outvoted."
     d = np.diff(t); d = d[d > 0]
     if len(d) < 3: return float(np.median(d)) if len(d) else np.nan
-    g = np.log(d); h, edge = np.histogram(g, bins=np.arange(g.min() - .02, g.max() + .04, .01)); h = np.convolve(h, [1, 1, 1], "same")
-    at = edge[h.argmax()] + .005
+    g = np.log(d); h, edge = np.histogram(g, bins=np.arange(g.min() - .02, g.max() + .04, .01))
+    h = np.convolve(h, [1, 1, 1], "same"); at = edge[h.argmax()] + .005
     near = d[np.abs(g - at) < .015]
     return float(np.median(near)) if h.max() > .15*len(d) else float(np.median(d))
 
-def _is_even(e, period) -> bool:
-    "An evenly spaced train, up to a few gaps."
-    d = np.diff(e); return bool(np.mean(np.abs(d - period) < .1*period) > .9)
+def _votes(o, e, slope, tol):
+    "How many pulses fall on expected times at every lag: (lags s, votes), in steps of `tol`/2."
+    x = slope*e; b = max(tol/2, (o[-1] - o[0] + x[-1] - x[0])/2**20)
+    n, m = int((o[-1] - o[0])/b) + 1, int((x[-1] - x[0])/b) + 1
+    size = 1 << int(np.ceil(np.log2(n + m + 4)))
+    a = np.minimum(np.bincount(((o - o[0])/b).astype(int), minlength=size), 1)
+    c = np.minimum(np.bincount(((x - x[0])/b).astype(int), minlength=size), 1)
+    k = np.r_[np.arange(-m, 0), np.arange(n + 1)]
+    v = np.fft.irfft(np.fft.rfft(a)*np.conj(np.fft.rfft(c)), size)[k]
+    return o[0] - x[0] + k*b, np.round(v + .5*(np.r_[v[1:], 0] + np.r_[0, v[:-1]]), 3)
 
-def _rhythm(t, f0, width, n=1000):
-    "The frequency (Hz) within `f0*(1±width)` at which pulses share one phase, and how well they do (0..1)."
-    best = (f0, 0.)
-    for part in ((t[:n], t) if len(t) > 1.5*n else (t,)):
-        T = max(part[-1] - part[0], 1e-9); step = 1/(6*T); half = max(f0*width, step)
-        f = np.arange(f0 - half, f0 + half + step, step); c = part - part[0]
-        z = np.array([np.abs(np.exp(-2j*np.pi*q*c).mean()) for q in f]); f0 = f[z.argmax()]; best = (f0, z.max()); width = 1.5/(T*f0)
-    q, w = best[0], 1/(6*(t[-1] - t[0])); c = t - t[0]           # a parabola through the top
-    z = [np.abs(np.exp(-2j*np.pi*x*c).mean()) for x in (q - w, q, q + w)]; den = z[0] - 2*z[1] + z[2]
-    return q + (w*.5*(z[0] - z[2])/den if den < 0 else 0), max(z)
+def _peaks(lags, votes, apart, n):
+    "The lags of the `n` highest peaks, best first, at least `apart` s from each other."
+    top = np.flatnonzero((votes >= np.r_[votes[1:], 0]) & (votes > np.r_[0, votes[:-1]]) & (votes > .5))
+    out = []
+    for k in top[np.argsort(-votes[top], kind="stable")][:20*n]:
+        if all(abs(lags[k] - q) > apart for q in out): out.append(float(lags[k]))
+        if len(out) == n: break
+    return out
 
-def _beat(t, p, max_drift) -> float:
-    "Frequency (Hz) of the beat of series that are broken by pauses (interval `p` s): phases are compared within each series only."
-    first = np.r_[0, np.flatnonzero(np.diff(t) > 5*p) + 1]; c = t - np.repeat(t[first], np.diff(np.r_[first, len(t)])); grid = (1 + 1e-6*np.arange(-1.3*max_drift, 1.3*max_drift + 1, 40.))/p
-    z = np.array([(np.abs(np.add.reduceat(np.exp(-2j*np.pi*f*c), first))**2).sum() for f in grid]); k = int(np.clip(z.argmax(), 1, len(z) - 2)); den = z[k - 1] - 2*z[k] + z[k + 1]
-    return float(grid[k] + (grid[1] - grid[0])*(.5*(z[k - 1] - z[k + 1])/den if den < 0 else 0))
-
-def _scan(o, e, tol, max_drift, scale=1., quick=False):
-    "Clock ratio of an uneven train: the one at which most pulses share one lag, first over a middle stretch, then over all. Second: that number as a share."
-    best = scale; width = 1.2e-6*max_drift; share = 0.
-    mid = .5*(o[0] + o[-1]); near = o[np.abs(o - mid) < (50 if quick else 200)]; parts = (near, o) if len(near) > 60 and o[-1] - o[0] > 500 else (o,)
-    for c in ((near if len(near) > 20 else o[:60],) if quick else parts):
-        T = max(c[-1] - c[0], 1e-6); step = .5*tol/T*scale; k = int(np.ceil(width/(step/scale)))
-        grid = best + step*np.arange(-k, k + 1); top = np.array([_peak(c, q*e, .5*tol) for q in grid]); q = np.flatnonzero(top == top.max()); best = float(grid[q].mean()); share = top.max()/len(c); width = 2*step/scale
-    return best, share
-
-def _peak(o, x, b) -> float:
-    "Largest number of pulses of `o` that fall on `x` at one lag, in bins of `b` s."
-    n, m = int((o[-1] - o[0])/b) + 2, int((x[-1] - x[0])/b) + 2; size = 1 << int(np.ceil(np.log2(n + m)))
-    a = np.bincount(((o - o[0])/b).astype(int), minlength=size)[:size]; c = np.bincount(((x - x[0])/b).astype(int), minlength=size)[:size]
-    v = np.fft.irfft(np.fft.rfft(np.minimum(a, 1))*np.conj(np.fft.rfft(np.minimum(c, 1))), size)
-    return float((v + np.roll(v, 1)).max())
-
-# %% ../../nbs/data/12_align.ipynb #98b9e63d
-def _ratios(o, e, tol, max_drift):
-    "Clock ratios worth trying: [(ratio, what it would mean)]."
-    out = []; pe, po = _typical(e), _typical(o)
-    fe, even = _rhythm(e, 1/pe, .004) if len(e) > 19 and _is_even(e, pe) else (1/pe, 0.)
-    series = np.diff(np.r_[0, np.flatnonzero(np.diff(e) > 5*pe) + 1, len(e)])
-    if even > .5 and len(o) > 11 and series.max() > .85*len(e):
-        fo, c = _rhythm(o, fe, max_drift*1.3e-6)
-        out.append((fe/fo, "drift", c))
-        far, c2 = _rhythm(o, 1/po, .004)
-        if abs(fe/far - 1) > 2e-6*max_drift and c2 > .4 and c2 > c + .15: out.insert(0, (fe/far, f"declared at {fe:.5g} pulses a second, seen at {far:.5g}", c2))
-        return out
-    if len(o) > 63 and _is_even(e, pe): r, score = _scan(o, e, min(tol, .012), 120., _beat(e, pe, max_drift)/_beat(o, pe, max_drift))   # even series with uneven breaks
-    else: r, score = _scan(o, e, tol, max_drift)
-    out.append((r, "drift", score))
-    if score < .3:                                          # a unit or a rate declared wrongly
-        span = (o[-1] - o[0])/(e[-1] - e[0])
-        for s in (29.97/25, 25/29.97, 30/25, 25/30, 24/25, 25/24, 29.97/24, 24/29.97, *([span] if .2 < span < 5 else [])):
-            if _scan(o, e, tol, max_drift, s, True)[1] < max(1.5*score, .4): continue
-            r2, score2 = _scan(o, e, tol, max_drift, s)
-            if score2 > 1.5*score: out.insert(0, (r2, f"the expected times run {1/s:.4g} times as fast as declared", score2)); score = score2
-    return out[:3]
-
-# %% ../../nbs/data/12_align.ipynb #f10b18e9
-_BURST, _END, _RESET = -7., -6.5, -3.      # log-probability of a burst of losses, of an end that is missing in silence (of any length), of losses at a clock reset
-
+# %% ../../nbs/data/12_align.ipynb #ec7204c3
 @dataclass
 class _Segment:
-    "One stretch of clock: o[o0:o1] belongs to it, t_rec = lag + slope * t_exp."
-    slope: float; lag: float; o0: int; o1: int
+    "One stretch of clock: pulses `first` to `stop` - 1 follow t_rec = lag + slope * t_exp."
+    slope: float
+    lag: float
+    first: int
+    stop: int
+
+def _end_lags(o, e, slope, n=3):
+    "Lags that put one of the first (last) pulses on the first (last) expected time, or on the first after a long gap."
+    starts = e[np.r_[0, np.flatnonzero(np.diff(e) > 1.5*_typical(e))[:3] + 1]]
+    return [float(a - slope*b) for A, B in ((o[:n], starts), (o[-n:], e[-1:])) for a in A for b in B]
+
+def _centred(o, e, slope, lags, tol):
+    "Each lag moved to the middle of its own matches; doubles dropped."
+    out = []
+    for lag in lags:
+        for t in (tol, .5*tol):
+            i, j = _match(o, lag + slope*e, t)
+            if len(i): lag = lag + float(np.median(o[j] - lag - slope*e[i]))
+        if all(abs(lag - q) > .3*tol for q in out): out.append(lag)
+    return out
+
+def _track(o, e, slope, lags, near, cost=16., resets=6):
+    "Which lag holds when, by dynamic programming over the pulses: a list of segments. A change of lag costs `cost`."
+    hit = np.zeros((len(lags), len(o)), bool)
+    for k, lag in enumerate(lags): hit[k, _match(o, lag + slope*e, near)[1]] = True
+    chance = float(np.clip(2*near/_typical(o), .01, .9))                # a pulse may fall near an expected time by chance
+    cum = np.c_[np.zeros(len(lags)), np.cumsum(np.where(hit, np.log(.9/chance), np.log(.1/(1 - .9*chance))), 1)]
+    tables = [cum]                                                      # tables[r][k, t]: the best sum over t pulses, r resets, lag k last
+    for _ in range(resets): tables.append(cum + np.maximum.accumulate(tables[-1].max(0) - cost - cum, 1))
+    r = int(np.argmax([t[:, -1].max() - 1e-9*q for q, t in enumerate(tables)]))
+    stop, k, out = len(o), int(tables[r][:, -1].argmax()), []
+    for r in range(r, 0, -1):
+        first = int((tables[r - 1].max(0) - cost - cum[k])[:stop + 1].argmax())
+        out.append(_Segment(slope, lags[k], first, stop))
+        stop, k = first, int(tables[r - 1][:, first].argmax())
+    return [s for s in [_Segment(slope, lags[k], 0, stop)] + out[::-1] if s.stop > s.first]
+
+# %% ../../nbs/data/12_align.ipynb #9b9fa3f3
+_BURST = -2.       # log-probability that a recording has a burst of losses, however long; it may begin anywhere
+_END = -6.5        # … that the line is silent at an end though the recording was running
+_RESET = -8.       # … of a clock reset
+_JUMP = 20.        # s: a reset may jump anywhere in this range, so that landing on the beat by chance has its price
+_CUT = -1.         # … of a recording that began late or stopped early
+_OVERLAP = -20.    # … of each expected time that two clocks claim
+
+@dataclass
+class _Case:
+    "What the readings of one session share: pulses, expected times, span, prior of the lag; and, as the best reading sees them, tolerance, share lost, extra pulses a second, log-density of residuals."
+    o: np.ndarray
+    e: np.ndarray
+    span: tuple
+    prior: tuple
+    max_drift: float
+    near: float = 0.
+    p_lost: float = .02
+    rate: float = .01
+    density: object = None
 
 def _pairs(o, e, segs, tol):
-    "Pairs of all segments, in order, and for each expected its segment (-1: between segments) and predicted time."
-    I, J = [], []; owner = np.full(len(e), -1); pred = np.full(len(e), np.nan); e0 = 0; conflict = 0
+    "Pairs (i, j) of all segments, in order; each expected's segment (-1: between two) and predicted time; how many two segments claim."
+    owner, pred, conflict = np.full(len(e), -1), np.full(len(e), np.nan), 0
+    I, J = [], []
     for s, g in enumerate(segs):
-        p = g.lag + g.slope*e; lo = -np.inf if s == 0 else (o[g.o0] - tol); hi = np.inf if s == len(segs) - 1 else (o[g.o1 - 1] + tol)
-        own = (p >= lo) & (p <= hi); conflict += int((own & (owner >= 0)).sum()); own &= owner < 0
-        i, j = _match(o[g.o0:g.o1], p[own], tol); k = np.flatnonzero(own)
-        I.append(k[i]); J.append(j + g.o0); owner[own] = s; pred[own] = p[own]
-    i, j = np.concatenate(I), np.concatenate(J)
-    return i, j, owner, pred, conflict
+        p = g.lag + g.slope*e
+        low = -np.inf if s == 0 else o[g.first] - tol
+        high = np.inf if s == len(segs) - 1 else o[g.stop - 1] + tol
+        own = (p >= low) & (p <= high)
+        conflict += int((own & (owner >= 0)).sum()); own &= owner < 0
+        k = np.flatnonzero(own); i, j = _match(o[g.first:g.stop], p[own], tol)
+        I.append(k[i]); J.append(j + g.first); owner[own] = s; pred[own] = p[own]
+    return np.concatenate(I), np.concatenate(J), owner, pred, conflict
 
 def _runs_of(mask):
     "(first, length) of the stretches of True."
     d = np.diff(np.r_[0, mask.astype(np.int8), 0]); a = np.flatnonzero(d == 1)
     return a, np.flatnonzero(d == -1) - a
 
-def _density(res, near, sd):
-    "Log-density of residuals, from the residuals themselves (a smoothed histogram) once there are enough of them, else Gaussian."
-    x = np.linspace(-near, near, 26); w = x[1] - x[0]; mid = .5*(x[1:] + x[:-1])
-    if len(res) < 80: return lambda r: -.5*np.minimum((r/sd)**2, 18) - np.log(sd*np.sqrt(2*np.pi))
-    h = np.histogram(res, bins=len(x) - 1, range=(-near, near))[0] + 0.; h = np.convolve(np.r_[h[0], h, h[-1]], [.25, .5, .25], "valid") + .3
-    ld = np.log(h/h.sum()/w); return lambda r: np.interp(r, mid, ld)
+# %% ../../nbs/data/12_align.ipynb #96f57240
+def _density(res, near):
+    "Log-density of residuals within `near`: Gaussian for a few, a smoothed histogram (bins that widen outwards) for many."
+    if len(res) < 40:
+        sd = max(float(np.sqrt(np.mean(res**2))), 3e-4)
+        return lambda r: np.log(np.exp(-.5*(r/sd)**2)/(sd*np.sqrt(2*np.pi)) + .01/near)
+    step = max(.5*float(np.median(np.abs(res - np.median(res)))), 2e-4)
+    side = step*np.r_[.5 + np.arange(8), 8*1.5**np.arange(1, 20)]
+    edges = np.r_[-side[::-1], side] + np.median(res); edges = edges[np.abs(edges) <= near + step]
+    count = np.histogram(res, np.r_[-np.inf, edges, np.inf])[0]
+    edges = np.r_[min(edges[0], -near) - step, edges, max(edges[-1], near) + step]
+    height = np.log((.5*count + .25*np.r_[count[1:], count[-1]] + .25*np.r_[count[0], count[:-1]] + .5)/(len(res) + .5*len(count))/np.diff(edges))
+    return lambda r: np.interp(r, .5*(edges[1:] + edges[:-1]), height)
 
-def _evidence(o, e, segs, span, tol, sd, p_lost, rate, prior=None, density=None):
-    "Log-probability of a reading (up to a constant shared by all readings)."
-    i, j, owner, pred, conflict = _pairs(o, e, segs, tol); r = o[j] - pred[i]
-    good = (density or _density(r[:0], tol, sd))(r) + np.log1p(-p_lost)
-    seen = np.zeros(len(e), bool); seen[i] = True
-    inside = (owner < 0) | ((pred >= span[0]) & (pred <= span[1])); a, n = _runs_of(~seen & inside)
-    first, last = (np.flatnonzero(inside)[[0, -1]] if inside.any() else (0, -1))
-    floor = np.where((a == first) | (a + n == last + 1), _END - np.log(len(e)), _BURST); between = np.array([(owner[q:q + m] < 0).any() for q, m in zip(a, n)], bool) if len(segs) > 1 else np.zeros(len(a), bool)
-    floor = np.where(between, _RESET, floor)
-    ll = good.sum() + np.maximum(n*np.log(p_lost), floor).sum() + (len(o) - len(j))*np.log(rate) - 20*conflict
-    ll -= float((~inside[:1]).any()) + float((~inside[-1:]).any())
-    if prior is not None: ll -= .5*((segs[0].lag - prior[0])/prior[1])**2
-    return ll
+def _losses(c, seen, owner, pred):
+    "Log-probability of everything expected that no pulse shows."
+    inside = (owner < 0) | ((pred >= c.span[0]) & (pred <= c.span[1]))
+    a, n = _runs_of(~seen & inside); stop = a + n
+    edge = np.flatnonzero(inside)[[0, -1]] if inside.any() else (0, -1)
+    floor = np.where((a == edge[0]) | (stop == edge[1] + 1), _END, _BURST) - np.log(len(c.e))
+    if (owner < 0).any(): floor = np.where([(owner[p:q] < 0).any() for p, q in zip(a, stop)], -3., floor)
+    return np.maximum(n*np.log(c.p_lost), floor).sum() + _CUT*(float(not inside[0]) + float(not inside[-1]))
 
-def _rates_of(o, e, segs, span, tol, sd):
-    "Share of lost pulses and rate of extra ones (per s) under a reading."
-    i, j, owner, pred, _ = _pairs(o, e, segs, tol); seen = np.zeros(len(e), bool); seen[i] = True
-    core = np.zeros(len(e), bool); core[i.min():i.max() + 1] = True; a, n = _runs_of(~seen & core); lost = n[n < 6].sum()
-    return (lost + .5)/(len(i) + lost + 1), (len(o) - len(j) + .5)/max(o[-1] - o[0], 1e-9)
+def _evidence(c, segs) -> float:
+    "Log-probability of a reading, up to a constant that all readings share."
+    i, j, owner, pred, conflict = _pairs(c.o, c.e, segs, c.near)
+    seen = np.zeros(len(c.e), bool); seen[i] = True
+    ll = c.density(c.o[j] - pred[i]).sum() + len(i)*np.log1p(-c.p_lost) + (len(c.o) - len(j))*np.log(c.rate)
+    ll += _losses(c, seen, owner, pred) + (_RESET + np.log(min(2*c.near/_JUMP, 1.)))*(len(segs) - 1) + _OVERLAP*conflict
+    return float(ll if c.prior is None else ll - .5*((segs[0].lag - c.prior[0])/c.prior[1])**2)
 
-# %% ../../nbs/data/12_align.ipynb #89b9fdbe
-def _break(o, i, j, res, sd):
-    "Where the map stops holding: (index into o, which side is bad, 'lost match' or 'step'), or None."
-    m = np.full(len(o), -.5); m[j] = .5; s = np.r_[0, np.cumsum(m)]; n = len(o)
-    for side in ("after", "before"):
-        c = s if side == "after" else s[-1] - s; k = int(c.argmax()) if side == "after" else n - int(c[::-1].argmax())
-        bad = m[k:] if side == "after" else m[:k]
-        if len(bad) >= 8 and np.mean(bad > 0) < .4: return k, side
-    if len(res) > 40:                                           # a step of the residuals: a jump smaller than the tolerance
-        r = np.clip(res - res.mean(), -4*sd, 4*sd); c = np.cumsum(r); q = np.arange(1, len(r)); q = q[10:-10]
-        t = np.abs(c[q - 1])/np.sqrt(q*(1 - q/len(r)))/max(r.std(), 1e-6); k = int(q[t.argmax()])
-        if t.max() > 7 and abs(np.median(res[k:k + 200]) - np.median(res[max(k - 200, 0):k])) > max(.0025, 2*sd/np.sqrt(min(k, len(r) - k, 200))): return int(j[k]), "after" if k > len(r)/2 else "before"
-    return None
+def _settle(c, segs, near):
+    "The case as a reading sees it at one tolerance: rates of lost and extra pulses, density of residuals; None when it matches nothing."
+    i, j, owner, pred, _ = _pairs(c.o, c.e, segs, near)
+    if len(i) < 2: return None
+    seen = np.zeros(len(c.e), bool); seen[i] = True
+    core = np.zeros(len(c.e), bool); core[i.min():i.max() + 1] = True
+    _, n = _runs_of(~seen & core & (owner >= 0)); lost = n[n < 6].sum()
+    p = (lost + .5)/(len(i) + lost + 1)
+    rate = (len(c.o) - len(j) + .5)/max(c.o[-1] - c.o[0], 1e-9)
+    return replace(c, near=near, p_lost=float(p), rate=float(rate), density=_density(c.o[j] - pred[i], near))
 
-def _best_lag(o, e, slope, lags, tol) -> float:
-    "Of several lags the one at which most pulses match closely (each first centred on its own matches)."
-    def near(lag):
-        i, j = _match(o, lag + slope*e, tol)
-        if len(i) < 3: return -1., lag
-        r = o[j] - lag - slope*e[i]; c = np.median(r)
-        return np.clip(1 - np.abs(r - c)/tol, 0, None).sum(), lag + c
-    best = max(near(q) for q in (*lags, *_end_lags(o, e, slope))); p = _typical(e)*slope
-    for _ in range(40):                                          # whole pulses up or down as long as it gets better
-        top = max(near(best[1] + k*p) for k in (-3, -2, -1, 1, 2, 3))
-        if top[0] <= best[0] + 1e-6: break
-        best = top
-    return float(best[1])
-
-def _end_lags(o, e, slope, n=3):
-    "Lags that put one of the first (last) pulses on the first (last) expected time, or on the first after a long gap."
-    p = _typical(e); starts = e[np.r_[0, np.flatnonzero(np.diff(e) > 1.5*p)[:3] + 1]] if _is_even(e, p) else e[:1]
-    return [a - slope*b for A, B in ((o[:n], starts), (o[-n:], e[-1:])) for a in A for b in B]
-
-def _on_beat(o, e, seg, near):
-    "The pulses on the beat of an even train (all of an uneven one), so that stray ones at the ends do not count as ends."
-    p = _typical(e)
-    if not _is_even(e, p): return o, e
-    i, j = _match(o, seg.lag + seg.slope*e, near); ref = o[j[len(j)//2]] if len(j) else o[0]; q = (o - ref)/(p*seg.slope)
-    return o[np.abs(q - np.round(q))*p < max(near, .003)], e
-
-def _one_clock(o, e, segs, near):
+# %% ../../nbs/data/12_align.ipynb #e3bfc407
+def _one_clock(c, segs, near):
     "Segments share one clock ratio: fit it over all of them, then each one's lag."
-    g = [(o[s.o0:s.o1][j], e[i]) for s in segs for i, j in [_match(o[s.o0:s.o1], s.lag + s.slope*e, near)]]
-    c = [(y - y.mean(), x - x.mean()) for y, x in g if len(x) > 2]; den = sum((x**2).sum() for _, x in c)
-    if not den: return segs
-    slope = sum((x*y).sum() for y, x in c)/den
-    return [_Segment(float(slope), float(np.mean(y) - slope*np.mean(x)) if len(x) else s.lag, s.o0, s.o1) for s, (y, x) in zip(segs, g)]
+    for _ in range(3):
+        parts = []
+        for g in segs:
+            o = c.o[g.first:g.stop]; i, j = _match(o, g.lag + g.slope*c.e, near)
+            parts.append((c.e[i], o[j]))
+        some = [(p - p.mean(), q - q.mean()) for p, q in parts if len(p) > 1]
+        if sum(len(p) for p, _ in some) < 2: return segs
+        x, y = (np.concatenate(v) for v in zip(*some))
+        slope, _, sd = _line(x, y, segs[0].slope, c.max_drift)
+        segs = [_Segment(slope, _middle(q - slope*p, g.lag, 4*sd), g.first, g.stop) for g, (p, q) in zip(segs, parts)]
+        near = min(near, max(8*sd, .003))
+    return segs
 
-def _solve(o, e, slope, tol, max_drift, depth=0):
-    "Segments that explain `o` by `e` at a clock ratio near `slope`; the residual sd."
-    if len(o) < 3 or len(e) < 3: return [], np.nan
-    peaks = _votes(o, e, slope, tol)
-    if not len(peaks): return [], np.nan
-    lag = _best_lag(o, e, slope, peaks[:, 0], tol)
-    s, lag, sd, i, j = _fit(o, e, slope, lag, tol)
-    if len(i) < 3: return [], np.nan
-    if len(i) > 8 and abs(s/slope - 1) > 2e-6*max_drift: s, lag = slope, float(np.median(o[j] - slope*e[i]))
-    near = max(8*sd, .003); i, j = _match(o, lag + s*e, min(near, tol)); seg = [_Segment(s, lag, 0, len(o))]
-    cut = _break(o, i, j, o[j] - lag - s*e[i], sd) if depth < 4 and len(i) > 8 else None
-    if cut is None: return seg, sd
-    k, side = cut; mine, rest = (slice(0, k), slice(k, None)) if side == "after" else (slice(k, None), slice(0, k))
-    s, lag, sd2, i, j = _fit(o[mine], e, s, lag, min(near, tol))
-    if len(i) < 3: return seg, sd
-    free = slice(int(i.max()) + 1, None) if side == "after" else slice(0, int(i.min()))
-    other, _ = _solve(o[rest], e[free], s, tol, max_drift, depth + 1)
-    if not other: return seg, sd
-    own = _Segment(s, lag, 0, k) if side == "after" else _Segment(s, lag, k, len(o))
-    for g in other: g.o0, g.o1 = (g.o0 + k, g.o1 + k) if side == "after" else (g.o0, g.o1)
-    return _one_clock(o, e, [own] + other if side == "after" else other + [own], min(near, tol)), sd2
+def _middle(r, default, near):
+    "Mean of those within `near` of the median."
+    if not len(r): return default
+    return float(r[np.abs(r - np.median(r)) <= near].mean())
 
-# %% ../../nbs/data/12_align.ipynb #e5ae8a3d
+def _settled(c, segs, limit):
+    "The case as a reading sees it, at the tolerance that holds nearly all of its residuals; None when it matches nothing."
+    near = limit
+    for _ in range(2):
+        i, j, _, pred, _ = _pairs(c.o, c.e, segs, near)
+        if len(i) < 2: return None
+        res = np.abs(c.o[j] - pred[i]); sd = 1.4826*float(np.median(res))
+        near = float(np.clip(6*sd, .003, limit))
+    return _settle(c, segs, float(np.clip(1.5*np.quantile(res, .98) + 5e-4, .003, max(limit, .003))))
+
+def _first_reading(c, ratio, tol, limit):
+    "A reading at one clock ratio: (segments, the case as it sees it, votes for all lags); None when nothing matches."
+    slope, seeds, sd = _clock(c.o, c.e, ratio, tol, c.max_drift)
+    table = _votes(c.o, c.e, slope, tol)
+    lags = _centred(c.o, c.e, slope, [*seeds, *_peaks(*table, tol, 16), *_end_lags(c.o, c.e, slope)], tol)
+    segs = _one_clock(c, _track(c.o, c.e, slope, lags, float(np.clip(6*sd, .003, tol))), tol)
+    c = _settled(c, segs, min(1.5*tol, limit))
+    return None if c is None else (segs, c, table)
+
+# %% ../../nbs/data/12_align.ipynb #eb11f991
+_CERTAIN = 5.      # all rivals together must be less probable than e**-5 = 0.7 % of the best reading
+_LOOSE = 6.        # … also if single pulses scatter this many times as far as they seem to
+
+def _thin(lags, votes, apart):
+    "The best lag of each group of neighbours."
+    if not len(lags): return []
+    group = np.cumsum(np.r_[0, np.diff(lags) > apart]); order = np.lexsort((votes, group))
+    return lags[order[np.r_[np.diff(group[order]) > 0, True]]].tolist()
+
+def _on_beat(c, g):
+    "Pulses that lie on the beat of an even train (all of an uneven one), so that stray ones at the ends do not count as ends."
+    p = _typical(c.e)
+    if not _is_even(c.e): return c.o
+    i, j = _match(c.o, g.lag + g.slope*c.e, c.near)
+    q = (c.o - (c.o[j[0]] if len(j) else c.o[0]))/(p*g.slope)
+    on = np.abs(q - np.round(q))*p < max(c.near, .003)
+    return c.o[on] if on.sum() > 6 else c.o
+
+def _is_even(e) -> bool:
+    "An evenly spaced train, up to a few gaps."
+    p = _typical(e); return bool(np.mean(np.abs(np.diff(e) - p) < .02*p) > .8)
+
+def _other_lags(c, g, table, most=60):
+    "Other lags for a reading of one clock, with weights: near ones, and (a sample of) all that match about as many pulses."
+    p, (lags, votes) = _typical(c.e)*g.slope, table
+    width = int(np.ceil(c.near/(lags[1] - lags[0]))) + 1
+    sums = np.cumsum(np.r_[0., votes]); k = np.arange(len(votes))
+    count = .5*(sums[np.minimum(k + width + 1, len(votes))] - sums[np.maximum(k - width, 0)])
+    price = max(-np.log(c.rate) - np.log(c.p_lost), 1.)
+    k = np.flatnonzero(count >= .98*count.max() - 20/price - 2)
+    far = [q for q in _thin(lags[k], count[k], max(c.near, .4*p)) if abs(q - g.lag) > 6.4*p]
+    close = [g.lag + q*p for q in range(-6, 7)] + _end_lags(_on_beat(c, g), c.e, g.slope) + _peaks(lags, votes, .4*p, 8)
+    some = far if len(far) <= most else [far[q] for q in np.linspace(0, len(far) - 1, most).astype(int)]
+    return [(q, 1.) for q in close if abs(q - g.lag) > .4*p] + [(q, len(far)/len(some)) for q in some]
+
+# %% ../../nbs/data/12_align.ipynb #afaab231
+def _hidden_resets(c, g, tol):
+    "Readings with two clocks instead of one and a long silence."
+    i, _ = _match(c.o, g.lag + g.slope*c.e, c.near); pred = g.lag + g.slope*c.e
+    miss = np.ones(len(c.e), bool); miss[i] = False
+    a, n = _runs_of(miss & (pred > max(c.span[0], c.o[0])) & (pred < min(c.span[1], c.o[-1])))
+    if not len(a) or n.max() < 12: return []
+    k = int(np.searchsorted(c.o, pred[a[n.argmax()]] - c.near))
+    if min(k, len(c.o) - k) < 5: return []
+    before, after = ([g.lag, *_peaks(*_votes(part, c.e, g.slope, tol), tol, 8)] for part in (c.o[:k], c.o[k:]))
+    return [[_Segment(g.slope, p, 0, k), _Segment(g.slope, q, k, len(c.o))] for p in before for q in after if abs(p - q) > .5*tol]
+
+def _rivals(c, segs, table, tol):
+    "Readings that differ from this one: [(segments, weight)]."
+    n, slope, whole = len(segs), segs[0].slope, len(c.o)
+    plain = [([_in_order(c, slope)], 1.)] if whole == len(c.e) else []
+    if n == 1:
+        moved = [([_Segment(slope, q, 0, whole)], v) for q, v in _other_lags(c, segs[0], table)]
+        return plain + moved + [(r, 1.) for r in _hidden_resets(c, segs[0], tol)]
+    p = _typical(c.e)*slope; steps = [k for k in range(-3, 4) if k]; moves = []
+    for s in range(n): moves += [[k*p*(t == s) for t in range(n)] for k in steps] + [[k*p*(t >= s) for t in range(n)] for k in steps if s < n - 1]
+    if n == 2: moves += [[a*p, b*p] for a in steps for b in steps if a != b]
+    out = [[_Segment(slope, g.lag + d, g.first, g.stop) for g, d in zip(segs, m)] for m in moves]
+    return plain + [(r, 1.) for r in out + [[_Segment(slope, g.lag, 0, whole)] for g in segs]]
+
+def _in_order(c, slope):
+    "The reading of someone who counts: first to first, last to last."
+    s, lag, _ = _line(c.e, c.o, slope, c.max_drift)
+    return _Segment(s, lag, 0, len(c.o))
+
+def _recentred(c, segs, near):
+    "Each clock moved to the middle of its own matches, as the first reading was."
+    out = []
+    for g in segs:
+        o = c.o[g.first:g.stop]; i, j = _match(o, g.lag + g.slope*c.e, near)
+        d = float(np.median(o[j] - g.lag - g.slope*c.e[i])) if len(i) > 2 else 0.
+        out.append(_Segment(g.slope, g.lag + d, g.first, g.stop))
+    return out
+
+# %% ../../nbs/data/12_align.ipynb #90bead85
+def _odds(ours, scores, weights) -> float:
+    "Log-odds of one reading against all the others together."
+    return float(ours - np.logaddexp.reduce(np.array(scores) + np.log(weights))) if len(scores) else np.inf
+
+def _loose(c, limit):
+    "The same case as if pulses scattered six times as far, anywhere within."
+    near = max(min(_LOOSE*c.near, limit), c.near)
+    return replace(c, near=near, density=lambda r: np.full(len(r), -np.log(2*near)))
+
+def _climb(c, segs, table, tol, limit):
+    "Move to the most probable reading: (case, segments, log-odds against all rivals as measured and loosely, the best rival, the best loose one)."
+    for _ in range(8):
+        segs = _recentred(c, segs, 2*c.near)
+        rivals, scores, weights = _scored(c, segs, _rivals(c, segs, table, tol), 2*c.near)
+        ours = _evidence(c, segs)
+        if not scores or max(scores) <= ours + 1e-6: break
+        segs = _one_clock(c, rivals[int(np.argmax(scores))], 2*c.near)
+        c = _settled(c, segs, limit) or c
+    odds = _odds(ours, scores, weights); top = rivals[int(np.argmax(scores))] if scores else None
+    if _is_even(c.e): return c, segs, (odds, odds), top, None              # no pattern that could outweigh the count
+    free = _loose(c, .6*limit); near = np.argsort(scores)[::-1][:40]          # the loose look at those that come closest
+    others, loosely, w = _scored(free, segs, [(rivals[k], weights[k]) for k in near], free.near)
+    odds2 = _odds(_evidence(free, _recentred(free, segs, free.near)), loosely, w)
+    return c, segs, (odds, odds2), top, others[int(np.argmax(loosely))] if loosely else None
+
+def _scored(c, segs, rivals, near):
+    "Rivals on the middle of their matches, their evidence, and weights; those that turn out to be the same reading are dropped."
+    out, known = ([], [], []), []; p = .4*_typical(c.e)
+    same = lambda r, q: len(r) == len(q) and all(abs(a.lag - b.lag) < p and a.first == b.first for a, b in zip(r, q))
+    for r, v in rivals:
+        r = _recentred(c, r, near)
+        if any(same(r, q) for q in (segs, *known)): continue
+        known.append(r)
+        for box, x in zip(out, (r, _evidence(c, r), v)): box.append(x)
+    return out
+
+
+
+# %% ../../nbs/data/12_align.ipynb #2f0c3c0d
 @dataclass
 class Alignment:
     """Which recorded instant belongs to which stimulus.
@@ -306,8 +450,8 @@ class Alignment:
         return u
 
     def corrected_onsets(self):
-        "(onsets, uncertainty), each (n_expected,) s of the recording: the pulse itself where one was seen, the map elsewhere. Raises SynapseError when refused."
-        self._check(); t = self._predicted()
+        "(onsets, uncertainty), each (n_expected,) s of the recording: the pulse itself where one was seen, the map elsewhere; NaN and infinity between two clocks, where nobody can know. Raises SynapseError when refused."
+        self._check(); t = np.where(np.isfinite(self.uncertainty), self._predicted(), np.nan)
         t[self.pairs[:, 0]] = self.observed[self.pairs[:, 1]]
         return t, self.uncertainty.copy()
 
@@ -333,7 +477,7 @@ class Alignment:
                 f"{len(self.pairs)} of {len(self.expected)} expected pulses were seen" + (f", {len(self.lost)} were not and are placed by the map" if len(self.lost) else "") + (f"; {len(self.extra)} pulses belong to nothing and are left out" if len(self.extra) else "") + "."]
         return " ".join(part + [r[0].upper() + r[1:] + "." for r in self.repaired if "lost pulses placed" not in r and "spurious pulses left" not in r])
 
-# %% ../../nbs/data/12_align.ipynb #0dbd59bd
+# %% ../../nbs/data/12_align.ipynb #746d415b
 def _train(pulses, what):
     "Seconds of a train, sorted; steps backwards (a clock that was set back) are laid end to end. Returns times, order, number of steps back."
     t = np.asarray(getattr(pulses, "onset", pulses), float).ravel(); check_finite(t, what)
@@ -347,12 +491,76 @@ def _train(pulses, what):
 def _refused(o, e, reason, span, pulses=None, names=None):
     return Alignment(np.nan, np.nan, np.nan, e, o, np.zeros((0, 2), int), np.zeros(0), np.arange(len(e)), np.arange(len(o)), [], np.full(len(e), np.nan), "refused", reason, [], span, np.nan, pulses, names)
 
-def _tolerances(e):
-    "Tolerances (s) to try, the tightest first: a fraction of the shortest usual interval."
-    d = np.quantile(np.diff(e), .05); top = .35*max(d, 1e-4)
-    return [min(top, .03)] + [t for t in (.08, .25) if t < min(top, .2*_typical(e))]
+# %% ../../nbs/data/12_align.ipynb #e47c852e
+@dataclass
+class _Reading:
+    "The best reading of a session, and how far it stands above its rivals (log-odds, as measured and loosely)."
+    case: _Case
+    segs: list
+    ratio: float
+    odds: tuple
+    rival: list
+    near: float = 0.
+    i: np.ndarray = None
+    j: np.ndarray = None
+    owner: np.ndarray = None
+    pred: np.ndarray = None
 
-# %% ../../nbs/data/12_align.ipynb #699c7ea9
+    def __post_init__(self):
+        self.near = self.case.near
+        self.i, self.j, self.owner, self.pred, _ = _pairs(self.case.o, self.case.e, self.segs, self.near)
+
+    @property
+    def share(self): return len(self.i)/min(len(self.case.e), len(self.case.o))
+
+def _reading(case, first, ratio, tol, limit):
+    "The best reading that can be reached from a first one."
+    segs, c, table = first
+    c, segs, odds, rival, loose = _climb(c, segs, table, tol, limit)
+    if odds[1] < _CERTAIN and loose is not None and _faultless(case, loose, limit):       # the plain count is right, and everything is within reach
+        segs = _one_clock(case, loose, limit); c = _settled(case, segs, limit); free = _loose(c, .6*limit)
+        _, scores, weights = _scored(free, segs, _rivals(c, segs, table, tol), free.near)
+        odds = (np.inf, _odds(_evidence(free, segs), scores, weights))
+    return _Reading(c, segs, ratio, odds, rival)
+
+def _faultless(c, segs, limit) -> bool:
+    "Does this reading need no lost pulse, no extra one and one clock only?"
+    i, j, *_ = _pairs(c.o, c.e, segs, limit)
+    return len(segs) == 1 and len(c.o) == len(c.e) == len(i)
+
+def _tolerances(e, given=None):
+    "Tolerances (s) to try, the tightest first, and the largest distance at which a pulse can still be told from its neighbour's."
+    short = float(np.quantile(np.diff(e), .05)); top = given or .3*short
+    ladder = [t for t in (.012, .036, .11, .33, 1.) if t < .7*top] + [top]
+    return [min(t, 1.5) for t in ladder], given or .45*short
+
+def _declared(o, e, max_drift):
+    "Ratios of the clocks that a rate or a unit declared wrongly would give."
+    seen = _typical(o)/_typical(e); span = (o[-1] - o[0])/(e[-1] - e[0])
+    known = [29.97002997/25, 25/29.97002997, 29.97002997/24, 24/29.97002997, 25/24, 24/25, 30/25, 25/30, 1.001, 1/1.001]
+    near = [r for r in known if abs(r/seen - 1) < .02] or [seen]
+    return [r for r in [*near, span] if .02 < r < 50 and abs(r - 1) > 3*max_drift]
+
+# %% ../../nbs/data/12_align.ipynb #26c0f7e2
+def _best_reading(case, tolerance):
+    "The most probable reading of all tolerances and ratios; None when nothing matches."
+    tols, limit = _tolerances(case.e, tolerance); found = []
+    def look(ratio):
+        for tol in tols:
+            first = _first_reading(case, ratio, tol, limit)
+            if first is None: continue
+            segs, c, _ = first; i, j, _, pred, _ = _pairs(c.o, c.e, segs, c.near)
+            share = len(i)/min(len(c.o), len(c.e)); found.append((_evidence(c, segs), share, first, ratio, tol))
+            if share > .9 and len(segs) == 1 and (c.o[j] - pred[i]).std() < .3*tol: break
+    look(1.)
+    if not found or max(found, key=lambda f: f[0])[1] < .7 or abs(_typical(case.o)/_typical(case.e) - 1) > .03:
+        for ratio in _declared(case.o, case.e, case.max_drift): look(ratio)
+    if not found: return None
+    if len(case.o) == len(case.e) and _faultless(case, [_in_order(case, 1.)], limit):                    # when counting explains everything, leaving out a part of it explains less
+        found = [f for f in found if f[1] > .85 and len(f[2][0]) < 3] or found
+    _, _, first, ratio, tol = max(found, key=lambda f: f[0])
+    return _reading(case, first, ratio, tol, limit)
+
 def align(pulses, expected, *, nominal_lag=None, max_drift: float = 1000., tolerance: float | None = None, span=None, names=None) -> Alignment:
     """Match observed pulses to the times at which stimuli were expected.
 
@@ -360,152 +568,122 @@ def align(pulses, expected, *, nominal_lag=None, max_drift: float = 1000., toler
     `max_drift` ppm. `tolerance` s: largest distance of a pulse from its place (found from the data when left out). `span` (first, last) s of the recording, when `pulses` does not know it. `names`: one per expected, for the report.
     Returns an `Alignment`; one that cannot be trusted comes back with verdict "refused" and the reason, never with a guess. Raises SynapseError for times that are not finite.
     """
-    span = tuple(span) if span is not None else getattr(pulses, "span", (-np.inf, np.inf)); p = pulses if isinstance(pulses, Pulses) else None
+    span = tuple(span) if span is not None else getattr(pulses, "span", (-np.inf, np.inf))
+    p = pulses if isinstance(pulses, Pulses) else None
     o, o_shift, o_back = _train(pulses, "observed pulses"); e, e_shift, e_back = _train(expected, "expected times")
-    if len(e) < 2 or len(o) < 2: return _refused(o, e, f"{len(o)} pulses and {len(e)} expected times: too few to line up.", span, p, names)
-    if (np.diff(e) <= 0).any(): return _refused(o, e, "two expected times are equal; each stimulus needs its own time.", span, p, names)
-    if o_back: span = (span[0], span[1] + o_shift[-1])
-    prior = None if nominal_lag is None else (tuple(nominal_lag) if np.ndim(nominal_lag) else (float(nominal_lag), .25*_typical(e)))
-    best = None
-    for tol in ([tolerance] if tolerance else _tolerances(e)):
-        for ratio, meaning, _ in _ratios(o, e, tol, max_drift):
-            r = _reading(o, e, ratio, tol, max_drift, span, prior)
-            if r is not None and (best is None or len(r["i"])/len(e) > best[0]["share"] + .05): r["share"] = len(r["i"])/len(e); best = (r, ratio, meaning, tol)
-        if best and best[0]["share"] > .75: break
-    if best is not None and best[2] == "drift" and abs(best[0]["segs"][0].slope - 1)*1e6 > max_drift:       # a chance rhythm: clocks that agree are worth a look before refusing
-        r = _reading(o, e, 1., best[3], max_drift, span, prior)
-        if r is not None and abs(r["segs"][0].slope - 1)*1e6 <= max_drift and len(r["i"])/len(e) >= best[0]["share"] - .05: best = (r, 1., "drift", best[3])
-    if best is None: return _refused(o, e, "no lag makes more than a few pulses fall on expected times: another film or another log?", span, p, names)
-    return _judged(o - o_shift, e - e_shift, o, e, *best, max_drift, span, o_back + e_back, p, names)
+    refuse = lambda why: _refused(o - o_shift, e - e_shift, why, span, p, names)
+    if len(e) < 2 or len(o) < 2: return refuse(f"{len(o)} pulses and {len(e)} expected times: too few to line up.")
+    if (np.diff(e) <= 0).any(): return refuse("two expected times are equal; each stimulus needs its own time.")
+    prior = None
+    if nominal_lag is not None:
+        lag, sd = nominal_lag if np.ndim(nominal_lag) else (nominal_lag, .25*_typical(e))
+        prior = (float(lag) + e[0], max(float(sd), 1e-4))
+    case = _Case(o, e - e[0], (span[0], span[1] + (o_shift[-1] if o_back else 0.)), prior, 1e-6*max_drift)
+    best = _best_reading(case, tolerance)
+    if best is None: return refuse("no lag makes more than a few pulses fall on expected times: another film or another log?")
+    if why := _doubt(best): return replace(refuse(why), rival=float(min(best.odds)))
+    return _trusted(best, o - o_shift, e - e_shift, e[0], o_back + e_back, span, p, names)
 
-# %% ../../nbs/data/12_align.ipynb #74fc7e31
-def _climb(o, e, segs, near, tol, period, weigh):
-    "Move to the most probable reading among shifts by whole pulses and other lags; its log-odds against all the others together."
-    others = _votes(o, e, segs[0].slope, tol, 10)[:, 0] if len(segs) == 1 else np.zeros(0); known = {}
-    def centre(g): i, j = _match(o, g.lag + g.slope*e, near); return np.median(o[j] - g.lag - g.slope*e[i]) if len(i) > 2 else 0.
-    c0 = centre(segs[0]); even = _is_even(e, _typical(e)) and (np.diff(e) > 1.5*_typical(e)).sum() < 6
-    def put(d):
-        g = [_Segment(q.slope, q.lag + x, q.o0, q.o1) for q, x in zip(segs, d)]
-        if even and abs(d[0] - (k := round(d[0]/period))*period) < .2*period: g[0].lag = segs[0].lag + k*period      # whole steps of an even train
-        elif len(g) == 1 and any(d): g[0].lag += centre(g[0]) - c0        # a rival settles on its own matches, as the first reading did
-        key = tuple(round((q.lag - b.lag)/(.45*period)) for q, b in zip(g, segs))
-        if key not in known: known[key] = (weigh(g), g)
-        return key
-    here = put([0.]*len(segs)); steps = [(k,) for k in (-3, -2, -1, 1, 2, 3)] if len(segs) == 1 else _grid(len(segs))
-    for lag in (*others, *(_end_lags(*_on_beat(o, e, segs[0], near), segs[0].slope) if len(segs) == 1 else ())): put([lag - segs[0].lag])
-    for _ in range(30):
-        base = known[here][1]
-        for k in steps: put([g.lag - b.lag + m*period for g, b, m in zip(base, segs, k)])
-        top = max(known, key=lambda q: known[q][0])
-        if top == here: break
-        here = top
-    scores = np.array([v[0] for q, v in known.items() if q != here])
-    return known[here][1], float(known[here][0] - np.logaddexp.reduce(scores)) if len(scores) else np.inf
+# %% ../../nbs/data/12_align.ipynb #88cbf70a
+def _drift(r) -> float:
+    "Difference of the clocks (ppm), a rate declared wrongly taken out."
+    return (r.segs[0].slope/r.ratio - 1)*1e6
 
-def _reading(o, e, ratio, tol, max_drift, span, prior):
-    "The best reading at one clock ratio, weighed against its rivals; None when nothing matches."
-    segs, sd = _solve(o, e, ratio, tol, max_drift)
-    if not segs: return None
-    sd = float(np.clip(sd, 3e-4, tol/2)); period = _typical(e)
-    i, j, _, pred, _ = _pairs(o, e, segs, float(np.clip(6*sd, .003, tol)))
-    if len(i) < 3: return None
-    res = o[j] - pred[i]; near = float(np.clip(1.3*np.quantile(np.abs(res), .98) + 5e-4, .003, tol)); density = _density(res[np.abs(res) <= near], near, sd)
-    pl, rate = _rates_of(o, e, segs, span, near, sd); weigh = lambda g: _evidence(o, e, g, span, near, sd, pl, rate, prior, density)
-    win, rival = _climb(o, e, segs, near, tol, period*segs[0].slope, weigh)
-    if len(win) == 1: rival = min(rival, _reset_rival(o, e, win[0], span, near, tol, weigh))
-    i, j, owner, pred, _ = _pairs(o, e, win, near)
-    return dict(segs=win, sd=sd, near=near, i=i, j=j, owner=owner, pred=pred, rival=float(rival), p_lost=pl, rate=rate, period=period, prior=prior)
-
-def _reset_rival(o, e, g, span, near, tol, weigh) -> float:
-    "Log-odds of one clock with a long burst of losses against two clocks with a reset in its place (inf when there is no such burst)."
-    i, j = _match(o, g.lag + g.slope*e, near); pred = g.lag + g.slope*e; miss = np.ones(len(e), bool); miss[i] = False
-    a, n = _runs_of(miss & (pred > max(span[0], o[0])) & (pred < min(span[1], o[-1])))
-    if not len(a) or n.max() < 12: return np.inf
-    k = int(np.searchsorted(o, pred[a[n.argmax()]] - near)); top = weigh([g]); best = -np.inf
-    if min(k, len(o) - k) < 5: return np.inf
-    lags = [np.r_[g.lag, _votes(c, e, g.slope, .5*tol, 8)[:, 0]] for c in (o[:k], o[k:])]
-    for p in lags[0]:
-        for q in lags[1]:
-            if abs(p - q) > .5*tol: best = max(best, weigh([_Segment(g.slope, float(p), 0, k), _Segment(g.slope, float(q), k, len(o))]))
-    return top - best + 3.
-
-def _grid(n):
-    "Shifts of each of `n` segments by up to two pulses, without the one that moves nothing."
-    import itertools
-    k = (-2, -1, 0, 1, 2) if n == 2 else (-1, 0, 1)
-    return [d for d in itertools.product(k, repeat=n) if any(d)][:400]
-
-# %% ../../nbs/data/12_align.ipynb #6e0101f1
-_SILENCE = 12.         # s without a pulse inside an even train: longer than a burst of losses
-_CERTAIN = 5.          # the rivals together must be less probable than e**-5 = 0.7 % of the best reading
-
-def _judged(o_raw, e_raw, o, e, r, ratio, meaning, tol, max_drift, span, resets, pulses, names):
-    "Turn a reading into an Alignment: refuse or repair, with the reason."
-    i, j, segs, sd = r["i"], r["j"], r["segs"], r["sd"]; inside = (r["owner"] < 0) | ((r["pred"] >= span[0]) & (r["pred"] <= span[1]))
-    lost = np.setdiff1d(np.arange(len(e)), i); extra = np.setdiff1d(np.arange(len(o)), j); drift = (segs[0].slope/(ratio if meaning != "drift" else 1) - 1)*1e6
-    why = _doubt(o, e, r, inside, lost, extra, drift, max_drift, meaning, span)
-    if why: out = _refused(o_raw, e_raw, why, span, pulses, names); out.rival = r["rival"]; return out
-    bounds = _bounds(e, r); segments = [(a, b, g.lag, g.slope) for g, (a, b) in zip(segs, bounds) if b >= a]
-    res = o[j] - r["pred"][i]; jitter = float(res.std()); repaired = _repairs(e, lost, extra, inside, segs, resets, meaning, i)
-    fine = .5/pulses.sfreq if pulses is not None and np.isfinite(pulses.sfreq) else 5e-4; fine = max(fine, 2*getattr(pulses, "precision", 0.) or 0.)
-    wide = float(np.quantile(np.abs(res), .97)) + fine if len(res) > 20 else 3*jitter + fine
-    unc = np.full(len(e), max(wide, fine)); unc[i] = 2*fine
-    unc[(r["owner"] < 0)] = np.inf
-    for (_, b), (a, _) in zip(bounds, bounds[1:]):               # lost between two clocks: nobody can know
-        k = np.searchsorted(np.sort(i), a); before, after = (np.sort(i)[k - 1] if k else -1), (np.sort(i)[k] if k < len(i) else len(e)); unc[before + 1:after] = np.inf
-    pred = r["pred"]; shift_o = o - o_raw
-    if np.any(shift_o) or np.any(e - e_raw): segments = [(a, b, *_relag(a, b, lag, slope, i, j, o_raw, e_raw)) for a, b, lag, slope in segments]
-    return Alignment(float(segments[0][2]), float((segments[0][3] - 1)*1e6), jitter, e_raw, o_raw, np.c_[i, j], res, lost, extra, repaired, unc, "repaired" if repaired else "ok", "", segments, span, r["rival"], pulses, names)
-
-def _relag(a, b, lag, slope, i, j, o, e):
-    m = (i >= a) & (i <= b); return (float(np.median(o[j[m]] - slope*e[i[m]])) if m.any() else lag, slope)
-
-def _bounds(e, r):
-    "First and last expected of each segment; those lost at a reset go to the nearer segment."
-    own = r["owner"].copy(); known = np.flatnonzero(own >= 0); own = own[known[_nearest(np.arange(len(e)), known)]] if len(known) > 1 else np.zeros(len(e), int)
-    own = np.maximum.accumulate(own)
-    return [(int(np.flatnonzero(own == s)[0]), int(np.flatnonzero(own == s)[-1])) if (own == s).any() else (0, -1) for s in range(len(r["segs"]))]
-
-# %% ../../nbs/data/12_align.ipynb #0db3c700
-def _doubt(o, e, r, inside, lost, extra, drift, max_drift, meaning, span) -> str:
+def _doubt(r) -> str:
     "Why this reading must not be believed, or an empty string."
-    i, n = r["i"], int(inside.sum()); period = r["period"]; even = _is_even(e, period)
-    if abs(drift) > max_drift: return f"the clocks would differ by {drift:.0f} ppm, more than max_drift={max_drift:g}: wrong sampling rate, or another log?"
-    if n == 0 or len(i) < .5*n: return f"only {len(i)} of {n} expected pulses are found where they should be: another film, another log, or a line that carries something else?"
-    if len(i) < .55*len(o): return f"{len(extra)} of {len(o)} pulses belong to no expected time: another film, another log, or a line that carries something else?"
-    res = o[r["j"]] - r["pred"][i]
-    if len(i) > 8 and r["near"] > .05 and res.std() > .75*r["near"]/np.sqrt(3): return f"the pulses lie anywhere within {r['near']*1e3:.0f} ms of their places, as unrelated ones would: another log?"
-    t, gaps = o[np.sort(r["j"])], np.diff(e[np.sort(i)[0]:np.sort(i)[-1] + 1]) > 1.5*period
-    if even and r["prior"] is None and not gaps.any() and len(i) and (i.min() > 0 or i.max() < len(e) - 1) and t[0] - span[0] < 1.5*period and span[1] - t[-1] < 1.5*period: return "the train is even and runs from the first to the last instant of the recording: neither of its ends is seen; an id pulse, an unequal gap or nominal_lag would settle it."
-    if r["rival"] < _CERTAIN: return f"the pulses fit almost as well when moved by one or more pulses ({period*1e3:.0f} ms each): {'the train is even and an end is not certain' if even else 'the pattern repeats itself'}; an id pulse, an unequal gap or nominal_lag would settle it."
-    if len(r["segs"]) > (2 if even else 6): return f"{len(r['segs'])} clock resets would be needed: another film, or a log of another session?"
-    if (why := _strays(o, e, r, extra, even)): return why
-    a, n = _runs_of(np.isin(np.arange(len(e)), lost) & inside)
-    quiet = (e[a + n - 1] - e[a]).max() if len(a) else 0.
+    c, i = r.case, r.i; even = _is_even(c.e); ms = _typical(c.e)*1e3
+    inside = (r.owner < 0) | ((r.pred >= c.span[0]) & (r.pred <= c.span[1])); n = int(inside.sum())
+    other = "another film, another log, or a line that carries something else?"
+    if len(i) < max(2, .5*n): return f"only {len(i)} of {n} expected pulses are found where they should be: {other}"
+    if len(i) < .55*len(c.o): return f"{len(c.o) - len(i)} of {len(c.o)} pulses belong to no expected time: {other}"
+    if _above_chance(r) < max(20., .2*len(i)) and len(i) > 7: return f"the pulses lie anywhere within {r.near*1e3:.0f} ms of their places, as unrelated ones would: {other}"
+    if len(r.segs) > (2 if even else 6): return f"{len(r.segs) - 1} clock resets would be needed: another film, or a log of another session?"
+    if min(r.odds) < _CERTAIN: return _unsure(r, even, ms)
+    if why := _strays(r, even): return why
+    a, k = _runs_of(~np.isin(np.arange(len(c.e)), i) & inside)
+    quiet = (c.e[a + k - 1] - c.e[a]).max() if len(a) else 0.
     if even and quiet > _SILENCE: return f"no pulse is seen for {quiet:.0f} s where an even train should run: another film, or a line that failed?"
     return ""
 
-def _strays(o, e, r, extra, even) -> str:
-    "Pulses in a row that go on after the last expected one, or stand in gaps that should be empty."
-    if len(extra) and len(r["segs"]) == 1:
-        g = r["segs"][0]; t = (o[extra] - g.lag)/g.slope; p = r["period"]
-        for side, k in (("after the last", t > e[-1] + .5*p), ("before the first", t < e[0] - .5*p)):
-            d = np.diff(np.sort(t[k]))
-            if even and k.sum() >= 8 and np.mean(np.abs(d/p - np.round(d/p)) < .2) > .8 and np.median(d) < 1.6*p: return f"{int(k.sum())} pulses go on in step {side} expected one: another film, or a log that is cut?"
-    d = np.diff(e); wide = np.flatnonzero(d > 1.8*r["period"]) if even else []
-    if len(wide) and len(r["segs"]) == 1:
-        t = (o[extra] - r["segs"][0].lag)/r["segs"][0].slope; n = sum(int(((t > e[k] + 3*r["near"]) & (t < e[k + 1] - 3*r["near"])).sum()) for k in wide); mean = r["rate"]*d[wide].sum()
-        if n > 3*mean + 4*np.sqrt(mean) + 3: return f"{n} pulses stand in gaps where none is expected: another film?"
-    return ""
+def _above_chance(r) -> float:
+    "Log-odds that the two trains have to do with each other: how many pulses fall near expected times, and how closely, against trains that do not."
+    c, k, n = r.case, len(r.i), len(r.case.o)
+    chance = min(2*r.near/_typical(c.o), .98); share = min(k/n, 1 - .5/n)
+    closeness = float((c.density(c.o[r.j] - r.pred[r.i]) + np.log(2*r.near)).sum())
+    if share <= chance: return closeness
+    return closeness + k*np.log(share/chance) + (n - k)*np.log((1 - share)/(1 - chance))
 
-def _repairs(e, lost, extra, inside, segs, resets, meaning, i) -> list:
+_SILENCE = 12.         # s without a pulse inside an even train: longer than a burst of losses
+
+def _unsure(r, even, ms) -> str:
+    "In words: two readings explain the pulses about equally well."
+    way = "an id pulse, an unequal gap or nominal_lag would settle it."
+    if len(r.segs) > 1: return f"the clock was reset, and where the pulses after it belong is not certain; {way}"
+    if even and not r.i.min() == 0 and not r.i.max() == len(r.case.e) - 1: return f"the train is even ({ms:.0f} ms) and neither of its ends is seen: moved by any number of pulses it fits as well; {way}"
+    if even: return f"the pulses fit almost as well when moved by one or more pulses ({ms:.0f} ms each): the train is even and an end is not certain; {way}"
+    if r.share < .75 or len(r.i) < 8: return f"{len(r.i)} pulses fit, but about as many would at another lag: another log? If it is the right one, {way}"
+    return f"the pulses fit almost as well when moved by one or more stimuli: the pattern repeats itself, or is no clearer than the scatter of the pulses; {way}"
+
+def _strays(r, even) -> str:
+    "Pulses in a row that go on after the last expected one, or stand in gaps that should be empty."
+    if len(r.segs) > 1 or not even: return ""
+    c, g, p = r.case, r.segs[0], _typical(r.case.e)
+    t = (np.delete(c.o, r.j) - g.lag)/g.slope
+    for side, k in (("after the last", t > c.e[-1] + .5*p), ("before the first", t < c.e[0] - .5*p)):
+        d = np.diff(t[k])/p
+        if k.sum() >= 8 and np.median(d) < 1.6 and np.mean(np.abs(d - np.round(d)) < .2) > .8: return f"{int(k.sum())} pulses go on in step {side} expected one: another film, or a log that is cut?"
+    d = np.diff(c.e); wide = np.flatnonzero(d > 1.8*p)
+    n = sum(int(((t > c.e[k] + 3*r.near) & (t < c.e[k + 1] - 3*r.near)).sum()) for k in wide); mean = c.rate*d[wide].sum()
+    return f"{n} pulses stand in gaps where none is expected: another film?" if n > 3*mean + 4*np.sqrt(mean) + 3 else ""
+
+# %% ../../nbs/data/12_align.ipynb #7df90f53
+def _trusted(r, o, e, zero, resets, span, pulses, names) -> Alignment:
+    "A reading that stood up to all doubts, as an Alignment. `zero` (s) is the first expected time, from which the reading counts."
+    c, i, j = r.case, r.i, r.j; res = c.o[j] - r.pred[i]; jitter = float(res.std())
+    lost, extra = np.setdiff1d(np.arange(len(e)), i), np.setdiff1d(np.arange(len(o)), j)
+    bounds = _bounds(r)
+    segments = [(a, b, float(g.lag - g.slope*zero), g.slope) for g, (a, b) in zip(r.segs, bounds) if b >= a]
+    if not np.array_equal(c.o, o) or not np.array_equal(c.e, e - e[0]): segments = [_relag(s, i, j, o, e) for s in segments]
+    fixed = _repairs(r, lost, extra, resets)
+    return Alignment(segments[0][2], float((segments[0][3] - 1)*1e6), jitter, e, o, np.c_[i, j], res, lost, extra, fixed, _uncertainty(r, res, bounds, pulses),
+                     "repaired" if fixed else "ok", "", segments, span, float(min(r.odds)), pulses, names)
+
+def _relag(s, i, j, o, e):
+    "The lag of a segment on clocks that were set back."
+    m = (i >= s[0]) & (i <= s[1])
+    return (s[0], s[1], float(np.median(o[j[m]] - s[3]*e[i[m]])) if m.any() else s[2], s[3])
+
+def _uncertainty(r, res, bounds, pulses):
+    "For each expected time (s): the timing of the pulse itself where one was seen; the scatter of pulses, and how well the line is known, elsewhere; infinite between two clocks."
+    c, i = r.case, r.i; sfreq = getattr(pulses, "sfreq", np.nan)
+    fine = max(.5/sfreq if np.isfinite(sfreq) else 5e-4, getattr(pulses, "precision", 0.) or 0.)
+    wide = float(np.quantile(np.abs(res), .97)) + fine if len(res) > 20 else 3*float(res.std()) + fine
+    x = c.e[i] - c.e[i].mean(); line = 2*res.std()*np.sqrt(1/len(i) + (c.e - c.e[i].mean())**2/max(x @ x, 1e-30))
+    unc = np.maximum(wide, 2*fine) + line; unc[i] = 2*fine
+    known = np.sort(i)
+    for (_, _), (a, _) in zip(bounds, bounds[1:]):                       # lost between two clocks: nobody can know
+        k = int(np.searchsorted(known, a))
+        unc[(known[k - 1] + 1 if k else 0):(known[k] if k < len(known) else len(c.e))] = np.inf
+    unc[r.owner < 0] = np.inf
+    return unc
+
+def _bounds(r):
+    "First and last expected of each segment; those lost at a reset go to the nearer one."
+    known = np.flatnonzero(r.owner >= 0)
+    own = np.maximum.accumulate(r.owner[known[_nearest(np.arange(len(r.owner)), known)]])
+    at = [np.flatnonzero(own == s) for s in range(len(r.segs))]
+    return [(int(k[0]), int(k[-1])) if len(k) else (0, -1) for k in at]
+
+def _repairs(r, lost, extra, resets) -> list:
     "What was put right, in words."
-    out = []; k = int((~inside).sum()); a, n = _runs_of(np.isin(np.arange(len(e)), lost)); q = len(lost) - k
-    if meaning != "drift": out.append(meaning)
-    if k: out.append(f"{k} stimuli lie outside the recording")
-    if q: out.append(f"{q} lost pulses placed by the map" + (f" (longest run {n.max()})" if len(n) and n.max() > 3 else ""))
+    c = r.case; inside = (r.owner < 0) | ((r.pred >= c.span[0]) & (r.pred <= c.span[1]))
+    outside = int((~inside).sum()); n = len(lost) - outside; _, runs = _runs_of(np.isin(np.arange(len(c.e)), lost))
+    out = [] if r.ratio == 1 else [f"the expected times were declared {r.ratio:.4g} times too {'short' if r.ratio > 1 else 'long'} (seen at {1/_typical(c.o):.5g} pulses a second)"]
+    if outside: out.append(f"{outside} stimuli lie outside the recording")
+    if n: out.append(f"{n} lost pulses placed by the map" + (f" (longest run {runs.max()})" if len(runs) and runs.max() > 3 else ""))
     if len(extra): out.append(f"{len(extra)} spurious pulses left out")
-    if len(segs) > 1: out.append(f"{len(segs) - 1} clock reset{'s' if len(segs) > 2 else ''} bridged")
+    if len(r.segs) > 1: out.append(f"{len(r.segs) - 1} clock reset{'s' if len(r.segs) > 2 else ''} bridged")
+    elif resets: out.append(f"{resets} step{'s' if resets > 1 else ''} backwards of a clock laid end to end")
     return out
 
 # %% ../../nbs/data/12_align.ipynb #1d30f93a
@@ -568,7 +746,7 @@ def _onset_column(table, path, column=None, sfreq=None):
     if np.isfinite(t).sum() < 2: raise SynapseError(f"Column {name!r} of {path} holds fewer than two numbers.")
     return (t/sfreq if name.lower() == "sample" and sfreq else t), name
 
-# %% ../../nbs/data/12_align.ipynb #cccc5854
+# %% ../../nbs/data/12_align.ipynb #f5fb3fbe
 def align_table(pulses, table, *, path="the table", column=None, sfreq=None, **kw):
     """Align a table of events with pulses: (table with `onset`, `sample`, `onset_scheduled`, `onset_source`, `onset_uncertainty`, Alignment).
 
@@ -582,7 +760,7 @@ def align_table(pulses, table, *, path="the table", column=None, sfreq=None, **k
     if a.verdict == "refused": return None, a
     if unit: a.repaired.append(f"column {name!r} read in units of 1/{unit:g} s"); a.verdict = "repaired"
     on, unc = a.corrected_onsets(); out = table.copy(); full = np.full(len(table), np.nan); seen = np.zeros(len(times), bool); seen[a.pairs[:, 0]] = True
-    new = full.copy(); new[order] = on; u = full.copy(); u[order] = unc; old = full.copy(); old[order] = times; kind = getattr(pulses, "kind", "pulse"); source = np.full(len(table), "none", object); source[order] = np.where(seen, kind, "map")
+    new = full.copy(); new[order] = on; u = full.copy(); u[order] = unc; old = full.copy(); old[order] = times; kind = getattr(pulses, "kind", "pulse"); source = np.full(len(table), "none", object); source[order] = np.where(seen, kind, np.where(np.isfinite(on), "map", "unknown"))
     out["onset_scheduled"], out["onset"], out["onset_source"], out["onset_uncertainty"] = old, new, source, u
     if sfreq: out["sample"] = np.where(np.isfinite(new), np.round(np.nan_to_num(new)*sfreq), -1).astype(int)
     return out, a
