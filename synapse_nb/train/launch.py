@@ -19,7 +19,7 @@ from ..core import SynapseError, check_file
 from ..dist import close, init_from_env, is_main, rank, run_ranks, world_size
 from .loop import ALWAYS, Callback, History, Run, fit
 
-# %% ../../nbs/train/81_launch.ipynb #e2c8b66c
+# %% ../../nbs/train/81_launch.ipynb #7670a9eb
 class LiveRows(Callback):
     "Rank 0 reports progress as lines for `launch` to read: `@step {…}` about four times a second, `@row {…}` after each training epoch."
     order = 60
@@ -28,7 +28,7 @@ class LiveRows(Callback):
     def on_fit_start(self, run: Run):
         self.fit += 1
         size = getattr(getattr(run.train.loader, "batch_sampler", None), "batch_size", None)
-        if is_main() and size: print(f"{run.desc or 'training'}: {world_size()} rank(s) ({run.parallel}), global batch {size * run.accumulate}, {size / world_size():g} on each" + f" x {run.accumulate} accumulated" * (run.accumulate > 1), flush=True)
+        if is_main() and size: print(f"{run.desc or 'training'}: {world_size()} rank(s), global batch {size * run.accumulate}, {size / world_size():g} on each, parallel {run.parallel}" + f" x {run.accumulate} accumulated" * (run.accumulate > 1), flush=True)
 
     def on_resume(self, run: Run):
         for row in run.history: self._row(run, row)
@@ -131,9 +131,9 @@ def main(argv=None) -> int:
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
 
-# %% ../../nbs/train/81_launch.ipynb #8abde7f5
+# %% ../../nbs/train/81_launch.ipynb #afae0a8a
 def smoke(config, overrides=()) -> History:
-    "Train a tiny classifier on all ranks (`--target synapse_nb.train.launch:smoke`); says how many ranks there really are. `--set fail=1` makes rank 1 raise; `--set n_epochs=3`."
+    "Train a tiny classifier on all ranks (`--target synapse_nb.train.launch:smoke`); the line before it says how many ranks there really are. `--set fail=1` makes rank 1 raise; `--set n_epochs=3`."
     import torch
     from synapse_nb.config import read_toml
     from torch.utils.data import DataLoader
@@ -148,7 +148,6 @@ def smoke(config, overrides=()) -> History:
         logits = model(batch["x"])
         return {"loss": torch.nn.functional.cross_entropy(logits, batch["y"]), "n": len(logits), "accuracy": logits.argmax(1) == batch["y"]}
     loaders = [DataLoader(data[a:b], 32, shuffle=a == 0) for a, b in ((0, 192), (192, 256))]
-    print(f"{world_size()} rank(s), global batch 32, {32 / world_size():g} on each", flush=True)
     return fit(model, step, loaders[0], val_loader=loaders[1], n_epochs=conf["n_epochs"], lr=1e-2, device="cpu", progress_desc="smoke")
 
 # %% ../../nbs/train/81_launch.ipynb #75561889
