@@ -551,7 +551,7 @@ def _write_meg(stem, preset, info, data, schedule, truth, r):
                DigitizedHeadPoints=True, MEGChannelCount=len(info["ch_names"]), RecordingDuration=n / preset.sfreq, RecordingType="continuous", ContinuousHeadLocalization=False))
 
 def _write_eeg(stem, preset, data, schedule, truth, r):
-    "BrainVision `_eeg.vhdr`, `.eeg`, `.vmrk` (pybv, int16, 0.1 uV) with a photodiode on an auxiliary input; `_channels.tsv`, `_eeg.json`."
+    "BrainVision `_eeg.vhdr`, `.eeg`, `.vmrk` (pybv, int16; 0.1 uV, coarser for a channel that drifts beyond 3.2 mV) with a photodiode on an auxiliary input; `_channels.tsv`, `_eeg.json`."
     from pybv import write_brainvision
     n, ok = data.shape[1], np.setdiff1d(np.arange(len(schedule)), truth["lost_digital"])
     sent = np.round(Clock(truth["offset"], truth["drift_ppm"], 0).pulse(schedule.onset)[ok] * preset.sfreq).astype(int)
@@ -562,7 +562,7 @@ def _write_eeg(stem, preset, data, schedule, truth, r):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         write_brainvision(data=np.vstack([data, light]).astype(np.float64), sfreq=preset.sfreq, ch_names=names, ref_ch_names=EEG_REFERENCE, fname_base=f"{Path(stem).name}_eeg", folder_out=str(Path(stem).parent),
-                          overwrite=True, events=marks, resolution=np.r_[np.full(63, .1), 1e-5], unit=["µV"] * 63 + ["AU"], fmt="binary_int16")
+                          overwrite=True, events=marks, resolution=np.r_[np.maximum(.1, np.abs(data).max(1) * 1e6 / 32_000), 1e-5], unit=["µV"] * 63 + ["AU"], fmt="binary_int16")
     rows = [(c, "EEG", "µV", EEG_REFERENCE, "bad" if i == truth["bad"] else "good", "loose electrode" if i == truth["bad"] else "n/a") for i, c in enumerate(EEG_NAMES)]
     rows += [("photodiode", "MISC", "n/a", "n/a", "good", "photodiode on the screen")]
     _tsv(f"{stem}_channels.tsv", pd.DataFrame(rows, columns="name type units reference status status_description".split()))
