@@ -19,16 +19,15 @@ sys.modules["alignment_benchmark"] = bench
 spec.loader.exec_module(bench)
 
 
-def held(rows, missed=()):
-    "Every bar holds, except those named in `missed`, which are known not to."
+def held(rows):
+    "Every bar holds; speed is the benchmark's affair (`make bench`), not a test's."
     lines = []
     result = bench.report(rows, lines.append)
-    assert all(r["holds"] or any(m in r["what"] for m in missed) for r in result["rows"]), "\n".join(lines)
+    assert all(r["holds"] or "CPU time" in r["what"] for r in result["rows"]), "\n".join(lines)
 
 
 def test_200_sessions():
-    "Refusing at most 1 % of what is recoverable is not reached yet (2 of 97 here); everything else is."
-    held([bench.run(k) for k in range(200)], missed=["recoverable sessions refused"])
+    held([bench.run(k) for k in range(200)])
 
 
 @pytest.mark.slow
@@ -134,3 +133,66 @@ def test_unequal_amplitudes_and_ghosts():
     x[on[5] + 200] += 4
     p = find_pulses(x, 1000.)
     assert p.sample.tolist() == on.tolist() and any("ghost" in why for _, why in p.rejected)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_an_even_train_without_ends_is_refused(film, silent):
+    "Cut by the recording, or silent at both ends though it ran: any shift fits as well."
+    e, light, _ = film
+    for first, last in ((700, 900), (3, 4), (1, 1)):
+        part = light[first:-last]
+        a = align(part, e, span=(0, 906) if silent else (part[0] - .03, part[-1] + .03))
+        assert a.verdict == "refused" and "end" in a.reason
+
+
+def test_a_late_schedule_is_not_thinned_out():
+    "A log that is off by up to 150 ms a picture, and a gap in it: every pulse still belongs to its picture."
+    r = np.random.default_rng(5)
+    e = np.cumsum(r.uniform(1.3, 1.7, 200)) + 40_000
+    light = e - 39_700 + r.uniform(-.15, .15, 200)
+    a = align(light, e)
+    assert a.verdict == "ok" and (a.pairs[:, 0] == a.pairs[:, 1]).all() and len(a.pairs) == 200
+
+
+def test_frames_between_two_clocks_are_unknown():
+    r = np.random.default_rng(6)
+    e = np.cumsum(r.uniform(1.3, 1.7, 160))
+    light = e + r.uniform(0, .002, 160)
+    light[80:] += .71
+    a = align(np.delete(light, [79, 80]), e)
+    onset, half = a.corrected_onsets()
+    assert a.verdict == "repaired" and np.isnan(onset[79:81]).all() and np.isinf(half[79:81]).all() and np.isfinite(np.delete(onset, [79, 80])).all()
+
+
+def test_precision_of_an_onset_is_what_it_says():
+    r = np.random.default_rng(7)
+    on = .3 + np.cumsum(r.uniform(.15, .25, 150))
+    for snr in (4, 20):
+        x = np.zeros(int(on[-1] * 1000) + 500)
+        for t in on: x[int(np.ceil(t * 1000)):int((t + .05) * 1000)] = 1
+        p = find_pulses(x + r.normal(size=len(x)) / snr, 1000.)
+        error = (p.onset - (np.ceil(on * 1000) - .5) / 1000).std()
+        assert len(p) == 150 and .8 * error < p.precision < 4 * error + 1e-4
+
+
+def test_a_refused_photodiode_falls_back_to_the_digital_line_and_says_so(tmp_path):
+    "A diode that hangs beside the screen: the digital codes are used, and the recording's warnings say which, and why."
+    import mne
+    import pandas as pd
+    from synapse_nb.studies.prepare import prepare
+    from synapse_nb.studies.study import get_study
+    r = np.random.default_rng(8)
+    e = 3 + np.cumsum(r.uniform(.9, 1.4, 60))
+    x = np.zeros((4, int(500 * (e[-1] + 3))))
+    x[:2] = r.normal(0, 1e-6, (2, x.shape[1]))
+    for t in e + .05: x[2, int(np.ceil(t * 500)):][:20] = 4
+    for t in r.uniform(1, e[-1], 55): x[3, int(t * 500):][:30] = 1
+    x[3] += r.normal(0, .01, x.shape[1])
+    folder = tmp_path / "study" / "sub-01" / "eeg"
+    folder.mkdir(parents=True)
+    (tmp_path / "study" / "dataset_description.json").write_text("{}")
+    mne.io.RawArray(x, mne.create_info(["Oz", "O1", "STI101", "Photodiode"], 500., ["eeg", "eeg", "stim", "misc"]), verbose="ERROR").save(folder / "sub-01_task-see_eeg.fif", verbose="ERROR")
+    pd.DataFrame({"onset": e, "duration": .3, "trial_type": "exp", "stim_file": [f"p{k}.png" for k in range(60)]}).to_csv(folder / "sub-01_task-see_events.tsv", sep="\t", index=False)
+    p, = prepare(get_study("bids", tmp_path / "study"), tmp_path / "store", "resample(250)", progress=False)
+    assert p.alignment["source"] == "digital" and p.alignment["photodiode"]["verdict"] == "refused" and p.alignment["lag"] == pytest.approx(.051, abs=2e-3)
+    assert any("photodiode was refused" in w and "digital" in w for w in p.warnings), p.warnings

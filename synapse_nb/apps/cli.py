@@ -45,7 +45,7 @@ def _inspect(a):
         found = inspect_path(p)
         print(json.dumps(found.to_dict(), indent=1, default=str) if a.json else found)
 
-# %% ../../nbs/apps/93_cli.ipynb #3a25c12d
+# %% ../../nbs/apps/93_cli.ipynb #12c5060f
 def _fetch(a):
     from synapse_nb.studies.fetch import fetch
     rows = fetch(a.study, a.out or f"data/{a.study}", a.subjects, a.sessions, dry_run=a.dry_run, base=a.mirror)
@@ -57,7 +57,9 @@ def _prepare(a):
 
 def _align(a):
     from synapse_nb.data.align import align_files
-    _, result = align_files(a.recording, a.events, channel=a.channel, report=a.report, out=a.out)
+    channel = a.channel[0] if a.channel and len(a.channel) == 1 else a.channel
+    more = {} if a.lag is None else {"nominal_lag": a.lag/1e3}
+    _, result = align_files(a.recording, a.events, channel=channel, report=a.report, out=a.out, column=a.column, **more)
     print(result.summary())
     for path in filter(None, (a.out, a.report)): print(f"written: {path}")
     if result.verdict == "refused": raise SynapseError(f"alignment refused: {result.reason}")
@@ -75,7 +77,7 @@ def _audit(a):
     if a.report: print(f"written: {audit_report(result).save(a.report)}")
     if result.exit_code: raise SynapseError(f"audit: {result.verdict}")
 
-# %% ../../nbs/apps/93_cli.ipynb #79f43caa
+# %% ../../nbs/apps/93_cli.ipynb #b5c2c6ff
 def _command(sub, name: str, func, help: str, *args):
     "Add a command; each of `args` is (flags, options)."
     p = sub.add_parser(name, help=help, description=help)
@@ -113,7 +115,8 @@ def make_parser() -> argparse.ArgumentParser:
              ("--preset", dict(default=None, help="name or text of the preprocessing pipeline")), ("--jobs", dict(type=int, default=1)),
              ("--subjects", dict(nargs="*", default=None)), FORCE)
     _command(sub, "align", _align, "which sample saw which event, and how sure", ("recording", {}), ("events", {}),
-             ("--channel", dict(default=None, help="channel that carries the pulses")), ("--out", dict(default=None, metavar="TSV", help="the events with corrected onsets")),
+             ("--channel", dict(nargs="+", default=None, help="channel that carries the pulses; several single-bit lines make a code; 'annotations' for markers")),
+             ("--column", dict(default=None, help="column of the onsets")), ("--lag", dict(type=float, default=None, metavar="MS", help="lag of the recording behind the log, where it is known")), ("--out", dict(default=None, metavar="TSV", help="the events with corrected onsets")),
              ("--report", dict(default=None, metavar="HTML")))
     _command(sub, "audit", _audit, "can this result be trusted? any part may be missing",
              *((f"--{k}", dict(default=None)) for k in ("recording", "events", "predictions", "split", "report")))

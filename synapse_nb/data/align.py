@@ -196,7 +196,7 @@ def _runs_of(mask):
     d = np.diff(np.r_[0, mask.astype(np.int8), 0]); a = np.flatnonzero(d == 1)
     return a, np.flatnonzero(d == -1) - a
 
-# %% ../../nbs/data/12_align.ipynb #96f57240
+# %% ../../nbs/data/12_align.ipynb #2a5815a8
 def _density(res, near):
     "Log-density of residuals within `near`: Gaussian for a few, a smoothed histogram (bins that widen outwards) for many."
     if len(res) < 40:
@@ -216,7 +216,7 @@ def _losses(c, seen, owner, pred):
     a, n = _runs_of(~seen & inside); stop = a + n
     edge = np.flatnonzero(inside)[[0, -1]] if inside.any() else (0, -1)
     floor = np.where((a == edge[0]) | (stop == edge[1] + 1), _END, _BURST) - np.log(len(c.e))
-    if (owner < 0).any(): floor = np.where([(owner[p:q] < 0).any() for p, q in zip(a, stop)], -3., floor)
+    if (owner < 0).any(): floor = np.where([(owner[p:q] < 0).any() for p, q in zip(a, stop)], -1., floor)
     return np.maximum(n*np.log(c.p_lost), floor).sum() + _CUT*(float(not inside[0]) + float(not inside[-1]))
 
 def _evidence(c, segs) -> float:
@@ -314,7 +314,7 @@ def _other_lags(c, g, table, most=60):
     some = far if len(far) <= most else [far[q] for q in np.linspace(0, len(far) - 1, most).astype(int)]
     return [(q, 1.) for q in close if abs(q - g.lag) > .4*p] + [(q, len(far)/len(some)) for q in some]
 
-# %% ../../nbs/data/12_align.ipynb #afaab231
+# %% ../../nbs/data/12_align.ipynb #32a3f4fd
 def _hidden_resets(c, g, tol):
     "Readings with two clocks instead of one and a long silence."
     i, _ = _match(c.o, g.lag + g.slope*c.e, c.near); pred = g.lag + g.slope*c.e
@@ -336,6 +336,8 @@ def _rivals(c, segs, table, tol):
     p = _typical(c.e)*slope; steps = [k for k in range(-3, 4) if k]; moves = []
     for s in range(n): moves += [[k*p*(t == s) for t in range(n)] for k in steps] + [[k*p*(t >= s) for t in range(n)] for k in steps if s < n - 1]
     if n == 2: moves += [[a*p, b*p] for a in steps for b in steps if a != b]
+    o = [_on_beat(replace(c, o=c.o[g.first:g.stop]), g)[:: 1 if g is segs[0] else -1][:1] for g in (segs[0], segs[-1])]
+    moves.append([float(o[0][0] - slope*c.e[0]) - segs[0].lag] + [0.]*(n - 2) + [float(o[1][0] - slope*c.e[-1]) - segs[-1].lag])      # both ends whole
     out = [[_Segment(slope, g.lag + d, g.first, g.stop) for g, d in zip(segs, m)] for m in moves]
     return plain + [(r, 1.) for r in out + [[_Segment(slope, g.lag, 0, whole)] for g in segs]]
 
@@ -541,7 +543,7 @@ def _declared(o, e, max_drift):
     near = [r for r in known if abs(r/seen - 1) < .02] or [seen]
     return [r for r in [*near, span] if .02 < r < 50 and abs(r - 1) > 3*max_drift]
 
-# %% ../../nbs/data/12_align.ipynb #26c0f7e2
+# %% ../../nbs/data/12_align.ipynb #b28aea21
 def _best_reading(case, tolerance):
     "The most probable reading of all tolerances and ratios; None when nothing matches."
     tols, limit = _tolerances(case.e, tolerance); found = []
@@ -550,6 +552,7 @@ def _best_reading(case, tolerance):
             first = _first_reading(case, ratio, tol, limit)
             if first is None: continue
             segs, c, _ = first; i, j, _, pred, _ = _pairs(c.o, c.e, segs, c.near)
+            if not len(i): continue
             share = len(i)/min(len(c.o), len(c.e)); found.append((_evidence(c, segs), share, first, ratio, tol))
             if share > .9 and len(segs) == 1 and (c.o[j] - pred[i]).std() < .3*tol: break
     look(1.)
@@ -716,20 +719,43 @@ def _plot_line(a, self):
 
 Alignment.plot = _plot
 
-# %% ../../nbs/data/12_align.ipynb #4bdc6536
-def _plot_interactive(self, n: int = 4000):
-    "Interactive plotly figure: residuals with the number of their stimulus, lost and extra pulses, intervals."
+# %% ../../nbs/data/12_align.ipynb #8ba8d94b
+def _envelope(x, sfreq, n=2000):
+    "A long trace as `n` pairs of its least and largest values: (times s, values)."
+    step = max(1, len(x)//n); k = len(x)//step*step; block = x[:k].reshape(-1, step)
+    t = np.repeat(np.arange(len(block))*step/sfreq, 2)
+    return t, np.c_[block.min(1), block.max(1)].ravel()
+
+def _marks(self, n=3000):
+    "What stands where on the recording's clock: [(name, colour, symbol, times s, labels)], each thinned to `n`."
+    names = np.array([str(x) for x in (self.names if self.names is not None else range(len(self.expected)))], object)
+    thin = lambda k: k[:: max(1, -(-len(k)//n))]
+    if self.verdict == "refused": return [("pulse", "steelblue", "line-ns-open", self.observed[thin(np.arange(len(self.observed)))], None)], names
+    used, lost, extra = thin(np.arange(len(self.pairs))), thin(self.lost), thin(self.extra)
+    return [("pulse used", "seagreen", "line-ns-open", self.observed[self.pairs[used, 1]], names[self.pairs[used, 0]]),
+            ("lost, placed by the map", "darkorange", "x", self._predicted()[lost], names[lost]),
+            ("left out", "crimson", "circle-open", self.observed[extra], None)], names
+
+def _plot_interactive(self, n: int = 3000):
+    "Interactive plotly figure: the trace with the edges that were found, residuals with the name of their stimulus, intervals, the verdict in words."
+    import textwrap
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
-    fig = make_subplots(1, 2, column_widths=[.68, .32], subplot_titles=("residuals: pulse minus map", "intervals between pulses")); step = max(1, -(-len(self.residuals)//n)); k = slice(None, None, step)
-    name = np.array([str(x) for x in (self.names if self.names is not None else range(len(self.expected)))], object)
-    if len(self.pairs): fig.add_trace(go.Scattergl(x=self.observed[self.pairs[k, 1]], y=self.residuals[k]*1e3, mode="markers", marker_size=4, name="pulse", text=name[self.pairs[k, 0]], hovertemplate="%{text}<br>%{x:.3f} s<br>%{y:.2f} ms"), 1, 1)
-    if self.verdict != "refused" and len(self.lost): q = self.lost[:n]; fig.add_trace(go.Scattergl(x=self._predicted()[q], y=np.zeros(len(q)), mode="markers", marker=dict(symbol="x", color="orange", size=7), name="lost, placed by the map", text=name[q], hovertemplate="%{text}<br>%{x:.3f} s"), 1, 1)
-    if len(self.extra): q = self.extra[:n]; fig.add_trace(go.Scattergl(x=self.observed[q], y=np.zeros(len(q)), mode="markers", marker=dict(symbol="line-ns-open", color="red", size=9), name="left out"), 1, 1)
+    fig = make_subplots(2, 2, specs=[[dict(colspan=2), None], [{}, {}]], column_widths=[.68, .32], vertical_spacing=.17, subplot_titles=("the line and its pulses", "residuals: pulse minus map", "intervals between pulses"))
+    marks, names = _marks(self, n); p, level = self.pulses, 0.
+    if p is not None and p.trace is not None:
+        t, v = _envelope(p.trace, p.sfreq); level = float(p.level) if np.isfinite(p.level) else float(.5*(v.min() + v.max()))
+        fig.add_trace(go.Scattergl(x=t, y=v, mode="lines", line=dict(color="silver", width=1), name=p.channel or "trace", hoverinfo="skip"), 1, 1)
+    for name, colour, symbol, t, text in marks:
+        if len(t): fig.add_trace(go.Scattergl(x=t, y=np.full(len(t), level), mode="markers", name=name, text=text, marker=dict(color=colour, symbol=symbol, size=9), hovertemplate="%{text}<br>%{x:.4f} s" if text is not None else "%{x:.4f} s"), 1, 1)
+    k = slice(None, None, max(1, -(-len(self.residuals)//n)))
+    if len(self.pairs): fig.add_trace(go.Scattergl(x=self.observed[self.pairs[k, 1]], y=self.residuals[k]*1e3, mode="markers", marker=dict(size=4, color="seagreen"), name="residual", showlegend=False, text=names[self.pairs[k, 0]], hovertemplate="%{text}<br>%{x:.3f} s<br>%{y:.2f} ms"), 2, 1)
     d = np.diff(self.observed)*1e3
-    if len(d): fig.add_trace(go.Histogram(x=d[d <= 1.3*np.quantile(d, .98)][: 10*n], nbinsx=80, name="intervals", showlegend=False), 1, 2)
-    fig.update_xaxes(title_text="recording time (s)", row=1, col=1); fig.update_yaxes(title_text="ms", row=1, col=1); fig.update_xaxes(title_text="ms", row=1, col=2)
-    fig.update_layout(title=f"{self.verdict.upper()} - {self.summary()[:150]}", title_font_size=12, height=380, margin=dict(t=70, b=40, l=50, r=20)); return fig
+    if len(d): fig.add_trace(go.Histogram(x=d[d <= 1.3*np.quantile(d, .98)][: 10*n], nbinsx=80, marker_color="steelblue", showlegend=False), 2, 2)
+    for row, col, x, y in ((1, 1, "recording time (s)", ""), (2, 1, "recording time (s)", "ms"), (2, 2, "ms", "count")): fig.update_xaxes(title_text=x, row=row, col=col); fig.update_yaxes(title_text=y, row=row, col=col)
+    fig.update_yaxes(type="log", row=2, col=2)
+    words = "<br>".join(textwrap.wrap(f"{self.verdict.upper()}. {self.summary()}", 130))
+    return fig.update_layout(title=words, title_font_size=12, height=560, margin=dict(t=110, b=45, l=55, r=20), legend=dict(orientation="h", y=-.12))
 
 Alignment.plot_interactive = _plot_interactive
 
@@ -779,15 +805,33 @@ def align_files(recording, events, channel=None, report=None, out=None, column=N
     if report is not None: write_alignment_report(a, report, f"{recording} against {events}")
     return fixed, a
 
-# %% ../../nbs/data/12_align.ipynb #42a23c71
+# %% ../../nbs/data/12_align.ipynb #b5fb1a91
+_STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c2733}img{max-width:100%;background:#fff}th{text-align:left;padding:2px 1rem 2px 0;font-weight:600}td,th{vertical-align:top;border-bottom:1px solid #8884}.verdict{display:inline-block;padding:.1rem .7rem;border-radius:.4rem;color:#fff;font-weight:600}.ok{background:#2a7d46}.repaired{background:#b3660a}.refused{background:#b3261e}h2{margin:1.4rem 0 .2rem}@media(prefers-color-scheme:dark){body{background:#161616;color:#eee}}"
+
+def _facts(a, d) -> list:
+    "What the page says in its table: (what, value)."
+    f = lambda v, s, u: "-" if v is None else f"{v*s:.3f} {u}"
+    u = a.uncertainty[np.isfinite(a.uncertainty)] if a.uncertainty is not None else np.zeros(0)
+    seen = np.isin(np.arange(len(a.expected)), a.pairs[:, 0])[np.isfinite(a.uncertainty)] if len(u) else np.zeros(0, bool)
+    half = lambda v: f"± {np.median(v)*1e3:.2f} ms" if len(v) else "-"
+    return [("lag", f(d["lag"], 1e3, "ms")), ("drift", f(d["drift_ppm"], 1, "ppm")), ("jitter of single pulses", f(d["jitter"], 1e3, "ms")),
+            ("expected / pulses / matched", f"{d['n_expected']} / {d['n_observed']} / {d['n_matched']}"), ("lost / left out", f"{d['n_lost']} / {d['n_extra']}" if d["n_matched"] else "-"),
+            ("onset of a seen pulse, 95 %", half(u[seen])), ("onset placed by the map, 95 %", half(u[~seen])), ("stretches of one clock", len(d["segments"]) or "-"),
+            ("certainty", f"all other readings together are e^{min(a.rival, 999):.0f} times less probable" if np.isfinite(a.rival) and a.rival > 0 else "-"), ("channel", d["channel"] or "-"),
+            ("threshold, polarity", f"{a.pulses.level:.4g}, {a.pulses.polarity}" if a.pulses is not None else "-")]
+
 def write_alignment_report(a: Alignment, path, title: str = "Alignment"):
-    "One self-contained HTML page: verdict in words, the four panels, tables of what was lost, extra and rejected. Returns the path."
+    "One self-contained HTML page: the verdict in words, the four panels, the error budget, what was lost, extra, repaired and rejected. Returns the path."
     import base64, html, io
     from synapse_nb.core import write_text
-    b = io.BytesIO(); a.plot(10, 100).savefig(b, format="png"); d = a.to_dict(); esc = html.escape
-    row = lambda k, v: f"<tr><th>{esc(k)}</th><td>{esc(str(v))}</td></tr>"; f = lambda v, s, u: "-" if v is None else f"{v*s:.3f} {u}"
-    facts = "".join([row("verdict", d["verdict"]), row("lag", f(d["lag"], 1e3, "ms")), row("drift", f(d["drift_ppm"], 1, "ppm")), row("jitter", f(d["jitter"], 1e3, "ms")), row("expected / pulses / matched", f"{d['n_expected']} / {d['n_observed']} / {d['n_matched']}"), row("channel", d["channel"] or "-"), row("clock segments", len(d["segments"]))])
-    lists = "".join(f"<h2>{esc(h)}</h2><p>{esc(', '.join(map(str, v[:200])) or 'none')}</p>" for h, v in (("Expected, but not seen", d["lost"]), ("Seen, but not expected (s)", d["extra"]), ("Repaired", d["repaired"]), ("Rejected on the line", [f"{t:.3f} s {w}" for t, w in (a.pulses.rejected if a.pulses is not None else [])][:100])))
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{esc(title)}</title><style>body{{font:16px system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}img{{max-width:100%;background:#fff}}th{{text-align:left;padding-right:1rem}}@media(prefers-color-scheme:dark){{body{{background:#161616;color:#eee}}}}</style>
-<h1>{esc(title)}</h1><p><b>{esc(d['summary'])}</b></p><table>{facts}</table><img alt="The line, residuals over time, intervals between pulses, and the verdict" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">{lists}</html>"""
-    return write_text(path, page)
+    box = io.BytesIO(); a.plot(10, 100).savefig(box, format="png"); d, esc = a.to_dict(), html.escape
+    some = lambda v, n=120: ", ".join(map(str, v[:n])) + (f" … and {len(v) - n} more" if len(v) > n else "") if len(v) else "none"
+    name = lambda k: a.names[k] if a.names is not None else int(k)
+    trusted = a.verdict != "refused"; rejected = [f"{t:.3f} s: {why}" for t, why in (a.pulses.rejected if a.pulses is not None else [])]
+    lists = [("Repaired", d["repaired"]), ("Expected, but not seen", [name(k) for k in a.lost] if trusted else []), ("Seen, but not expected (s)", [f"{t:.3f}" for t in a.observed[a.extra]] if trusted else []), ("Rejected on the line", rejected)]
+    rows = "".join(f"<tr><th>{esc(k)}</th><td>{esc(str(v))}</td></tr>" for k, v in _facts(a, d))
+    parts = "".join(f"<h2>{esc(h)}</h2><p>{esc(some(v))}</p>" for h, v in lists)
+    picture = base64.b64encode(box.getvalue()).decode()
+    return write_text(path, f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{esc(title)}</title><style>{_STYLE}</style>
+<h1>{esc(title)}</h1><p><span class="verdict {a.verdict}">{a.verdict}</span></p><p>{esc(d['summary'])}</p><table>{rows}</table>
+<img alt="The line where it is hardest, residuals over time, intervals between pulses, and the verdict" src="data:image/png;base64,{picture}">{parts}</html>""")
