@@ -145,6 +145,16 @@ def test_an_even_train_without_ends_is_refused(film, silent):
         assert a.verdict == "refused" and "end" in a.reason
 
 
+def test_a_drift_beyond_reason_is_refused_and_units_are_not_guessed():
+    r = np.random.default_rng(9)
+    e = np.cumsum(r.uniform(1.3, 1.7, 300))
+    a = align(2 + e * 1.003 + r.uniform(0, .01, 300), e)
+    assert a.verdict == "refused" and "max_drift" in a.reason
+    assert align(2 + e * 1.003 + r.uniform(0, .01, 300), e, max_drift=5000).verdict == "ok"
+    t = time.process_time()
+    assert align(e * 1000 + 3, e).verdict == "refused" and time.process_time() - t < 3
+
+
 def test_a_late_schedule_is_not_thinned_out():
     "A log that is off by up to 150 ms a picture, and a gap in it: every pulse still belongs to its picture."
     r = np.random.default_rng(5)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Alignment', 'align', 'align_table', 'align_files', 'write_alignment_report']
 
-# %% ../../nbs/data/12_align.ipynb #f203b0be
+# %% ../../nbs/data/12_align.ipynb #e591cc12
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -493,7 +494,7 @@ def _train(pulses, what):
 def _refused(o, e, reason, span, pulses=None, names=None):
     return Alignment(np.nan, np.nan, np.nan, e, o, np.zeros((0, 2), int), np.zeros(0), np.arange(len(e)), np.arange(len(o)), [], np.full(len(e), np.nan), "refused", reason, [], span, np.nan, pulses, names)
 
-# %% ../../nbs/data/12_align.ipynb #e47c852e
+# %% ../../nbs/data/12_align.ipynb #0b6d6a9c
 @dataclass
 class _Reading:
     "The best reading of a session, and how far it stands above its rivals (log-odds, as measured and loosely)."
@@ -541,9 +542,9 @@ def _declared(o, e, max_drift):
     seen = _typical(o)/_typical(e); span = (o[-1] - o[0])/(e[-1] - e[0])
     known = [29.97002997/25, 25/29.97002997, 29.97002997/24, 24/29.97002997, 25/24, 24/25, 30/25, 25/30, 1.001, 1/1.001]
     near = [r for r in known if abs(r/seen - 1) < .02] or [seen]
-    return [r for r in [*near, span] if .02 < r < 50 and abs(r - 1) > 3*max_drift]
+    return [r for r in [*near, span] if .02 < r < 50 and .5 < r/seen < 2 and abs(r - 1) > 3*max_drift]
 
-# %% ../../nbs/data/12_align.ipynb #b28aea21
+# %% ../../nbs/data/12_align.ipynb #33fcc89b
 def _best_reading(case, tolerance):
     "The most probable reading of all tolerances and ratios; None when nothing matches."
     tols, limit = _tolerances(case.e, tolerance); found = []
@@ -555,8 +556,9 @@ def _best_reading(case, tolerance):
             if not len(i): continue
             share = len(i)/min(len(c.o), len(c.e)); found.append((_evidence(c, segs), share, first, ratio, tol))
             if share > .9 and len(segs) == 1 and (c.o[j] - pred[i]).std() < .3*tol: break
-    look(1.)
-    if not found or max(found, key=lambda f: f[0])[1] < .7 or abs(_typical(case.o)/_typical(case.e) - 1) > .03:
+    seen = _typical(case.o)/_typical(case.e)
+    if .1 < seen < 10: look(1.)
+    if not found or max(found, key=lambda f: f[0])[1] < .7 or abs(seen - 1) > .03:
         for ratio in _declared(case.o, case.e, case.max_drift): look(ratio)
     if not found: return None
     if len(case.o) == len(case.e) and _faultless(case, [_in_order(case, 1.)], limit):                    # when counting explains everything, leaving out a part of it explains less
@@ -587,7 +589,7 @@ def align(pulses, expected, *, nominal_lag=None, max_drift: float = 1000., toler
     if why := _doubt(best): return replace(refuse(why), rival=float(min(best.odds)))
     return _trusted(best, o - o_shift, e - e_shift, e[0], o_back + e_back, span, p, names)
 
-# %% ../../nbs/data/12_align.ipynb #88cbf70a
+# %% ../../nbs/data/12_align.ipynb #df236c77
 def _drift(r) -> float:
     "Difference of the clocks (ppm), a rate declared wrongly taken out."
     return (r.segs[0].slope/r.ratio - 1)*1e6
@@ -597,6 +599,7 @@ def _doubt(r) -> str:
     c, i = r.case, r.i; even = _is_even(c.e); ms = _typical(c.e)*1e3
     inside = (r.owner < 0) | ((r.pred >= c.span[0]) & (r.pred <= c.span[1])); n = int(inside.sum())
     other = "another film, another log, or a line that carries something else?"
+    if abs(_drift(r)) > 1.02e6*c.max_drift: return f"the clocks would differ by {_drift(r):.0f} ppm, more than max_drift={1e6*c.max_drift:g}: wrong sampling rate, or another log?"
     if len(i) < max(2, .5*n): return f"only {len(i)} of {n} expected pulses are found where they should be: {other}"
     if len(i) < .55*len(c.o): return f"{len(c.o) - len(i)} of {len(c.o)} pulses belong to no expected time: {other}"
     if _above_chance(r) < max(20., .2*len(i)) and len(i) > 7: return f"the pulses lie anywhere within {r.near*1e3:.0f} ms of their places, as unrelated ones would: {other}"
@@ -772,7 +775,7 @@ def _onset_column(table, path, column=None, sfreq=None):
     if np.isfinite(t).sum() < 2: raise SynapseError(f"Column {name!r} of {path} holds fewer than two numbers.")
     return (t/sfreq if name.lower() == "sample" and sfreq else t), name
 
-# %% ../../nbs/data/12_align.ipynb #f5fb3fbe
+# %% ../../nbs/data/12_align.ipynb #e6b1e12c
 def align_table(pulses, table, *, path="the table", column=None, sfreq=None, **kw):
     """Align a table of events with pulses: (table with `onset`, `sample`, `onset_scheduled`, `onset_source`, `onset_uncertainty`, Alignment).
 
@@ -802,10 +805,10 @@ def align_files(recording, events, channel=None, report=None, out=None, column=N
     if out is not None and fixed is not None:
         from synapse_nb.core import write_text
         write_text(out, fixed.to_csv(sep="\t", index=False, na_rep="n/a", float_format="%.9g"))
-    if report is not None: write_alignment_report(a, report, f"{recording} against {events}")
+    if report is not None: write_alignment_report(a, report, f"{Path(recording).name} against {Path(events).name}")
     return fixed, a
 
-# %% ../../nbs/data/12_align.ipynb #b5fb1a91
+# %% ../../nbs/data/12_align.ipynb #5f2f05a0
 _STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c2733}img{max-width:100%;background:#fff}th{text-align:left;padding:2px 1rem 2px 0;font-weight:600}td,th{vertical-align:top;border-bottom:1px solid #8884}.verdict{display:inline-block;padding:.1rem .7rem;border-radius:.4rem;color:#fff;font-weight:600}.ok{background:#2a7d46}.repaired{background:#b3660a}.refused{background:#b3261e}h2{margin:1.4rem 0 .2rem}@media(prefers-color-scheme:dark){body{background:#161616;color:#eee}}"
 
 def _facts(a, d) -> list:
@@ -818,7 +821,7 @@ def _facts(a, d) -> list:
             ("expected / pulses / matched", f"{d['n_expected']} / {d['n_observed']} / {d['n_matched']}"), ("lost / left out", f"{d['n_lost']} / {d['n_extra']}" if d["n_matched"] else "-"),
             ("onset of a seen pulse, 95 %", half(u[seen])), ("onset placed by the map, 95 %", half(u[~seen])), ("stretches of one clock", len(d["segments"]) or "-"),
             ("certainty", f"all other readings together are e^{min(a.rival, 999):.0f} times less probable" if np.isfinite(a.rival) and a.rival > 0 else "-"), ("channel", d["channel"] or "-"),
-            ("threshold, polarity", f"{a.pulses.level:.4g}, {a.pulses.polarity}" if a.pulses is not None else "-")]
+            ("threshold, polarity", "-" if a.pulses is None else f"{a.pulses.level:.4g}, {a.pulses.polarity}" if np.isfinite(a.pulses.level) else f"half of each edge, {a.pulses.polarity}")]
 
 def write_alignment_report(a: Alignment, path, title: str = "Alignment"):
     "One self-contained HTML page: the verdict in words, the four panels, the error budget, what was lost, extra, repaired and rejected. Returns the path."
