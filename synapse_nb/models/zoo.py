@@ -31,7 +31,10 @@ def model_options(name: str) -> list[str]:
     for cls in todo:
         params = inspect.signature(cls.__init__).parameters
         found |= {p: None for p in params if p not in skip}
-        if "kw" in params: todo += [v for k, v in vars(inspect.getmodule(cls)).items() if k == getattr(cls, "encoder_class", cls.__name__ + "Encoder")]
+        if "kw" in params:
+            name = getattr(cls, "encoder_class", cls.__name__ + "Encoder")
+            spaces = (cls.__init__.__globals__, vars(inspect.getmodule(cls)))         # where a notebook defined it, then its module
+            todo += [s[name] for s in spaces if name in s][:1]
     return list(found)
 
 def create_model(name: str, n_chans: int, n_times: int, n_outputs: int, sfreq: float | None = None, chs_info: list | None = None, **options) -> EncoderModel:

@@ -79,7 +79,7 @@ def alignment_section(report: Report, prepared: Prepared, planted: dict | None =
         return
     report.section("Timing", "Each recording's pulses matched to what was scheduled. The delay is from the digital pulse to the light on the screen.", alignment_table(found, planted), plot_alignment(found))
 
-def evoked_section(report: Report, prepared: Prepared, conf, n_max: int = 400) -> None:
+def evoked_section(report: Report, prepared: Prepared, conf, n_max: int = 4000) -> None:
     "Average responses of the first person, by modality, with topographies; classes apart where there are two."
     import mne
     from synapse_nb.train.decoding import cut_windows
