@@ -195,7 +195,7 @@ def _template(x, k, half: int, rise: float = 1.):
     w = x[np.clip(k[:, None] + off, 0, len(x) - 1)]
     return k + grid[(w @ T).argmax(1)]
 
-# %% ../../nbs/data/11_triggers.ipynb #c985f9f7
+# %% ../../nbs/data/11_triggers.ipynb #a8423020
 def _unghost(x):
     "The line without single-sample spikes, and where they were."
     m = median_filter(x, 3, mode="nearest")
@@ -241,8 +241,8 @@ def _which_edge(up, down, x) -> str:
 
 def _read_steps(x, sfreq, polarity, step):
     "Edges of a wandering line: (start, stop, sign) from up-steps to the next down-steps (or the other way round)."
-    noise = _noise(x); w = int(np.clip(np.ceil(288*(noise/step)**2), max(2, .003*sfreq), max(3, .014*sfreq)))      # so that half a step is six deviations of noise, where it can be
-    d = _steps(x, w); bar = max(.4*step, min(6*noise*np.sqrt(2/w), .5*step))
+    noise = _noise(x); w = int(np.clip(np.ceil(72*(noise/step)**2), max(2, .003*sfreq), max(3, .012*sfreq)))
+    d = _steps(x, w); bar = max(.4*step, min(6*noise*np.sqrt(2/w), .6*step))
     def peaks(y):
         a, b = _schmitt(y, bar, .5*bar)
         return np.array([i + int(np.argmax(y[i:j])) for i, j in zip(a, b)], int)
@@ -251,8 +251,7 @@ def _read_steps(x, sfreq, polarity, step):
     first, second, sign = (up, down, 1) if polarity == "up" else (down, up, -1)
     j = np.searchsorted(second, first, "right")
     stop = np.where(j < len(second), second[np.minimum(j, len(second) - 1)] if len(second) else len(x), len(x))
-    later = np.r_[first[1:], len(x)]; stop = np.minimum(stop, later - np.maximum(.3*(later - first), .002*sfreq + 2))     # a falling edge that was missed must not swallow the next pulse
-    return [(int(i), int(q), sign) for i, q in zip(first, stop) if q > i], np.nan, step, w
+    return [(int(i), int(q), sign) for i, q in zip(first, stop)], np.nan, step, w
 
 # %% ../../nbs/data/11_triggers.ipynb #64435bd7
 def _merge(found, gap: float, rejected, sfreq, why: str):
@@ -272,7 +271,7 @@ def _refresh(found, sfreq):
     p = np.median(short)
     return float(p) if np.mean(np.abs(short - p) < .2*p + 1) > .8 and np.median(long) > 2.5*p else 0.
 
-# %% ../../nbs/data/11_triggers.ipynb #debf4573
+# %% ../../nbs/data/11_triggers.ipynb #5d2800f7
 def _find_analog(x, sfreq, polarity=None, min_width=None, min_gap=None):
     "Onsets (float samples), first samples past the edge, widths, signs, rejections, level and polarity of a voltage."
     rejected = []; noise = _noise(x); clean, spike = _unghost(x)
@@ -283,9 +282,7 @@ def _find_analog(x, sfreq, polarity=None, min_width=None, min_gap=None):
     if step < 4*noise/np.sqrt(max(.008*sfreq, 1)) or np.ptp(x) == 0: return nothing("the line is flat: no step stands out of its noise")
     if polarity is None and _is_wave(clean): return _find_wave(clean, sfreq, min_gap)
     snr = step/max(noise, 1e-30); y = clean if snr > 6 else x
-    read = _read_levels(y, sfreq, polarity, step)
-    if read is None or (snr < 6 and _wobbles(y, read, sfreq)): read = _read_steps(y, sfreq, polarity, step)
-    found, rest, big, m = read
+    found, rest, big, m = _read_levels(y, sfreq, polarity, step) or _read_steps(y, sfreq, polarity, step)
     if period := _refresh(found, sfreq): found = _merge(found, 1.5*period, rejected, sfreq, "a refresh of the screen inside a pulse")
     found = _merge(found, max(2., (min_gap or .0015)*sfreq), rejected, sfreq, "a bounce right after a pulse")
     inside = np.zeros(len(x) + 1, bool)
@@ -295,27 +292,16 @@ def _find_analog(x, sfreq, polarity=None, min_width=None, min_gap=None):
     if not found: return nothing("no pulse stands out")
     use = clean if len(ghosts) and snr > 12 else x
     onset, past, width, sign, amp = _time_edges(use, found, rest, snr, sfreq)
-    line = uniform_filter1d(use, max(3, int(.009*sfreq)) | 1) if snr < 6 else use             # its wobble, not its noise
-    if np.isfinite(rest) and np.median(amp) < 2.5*np.std(line[~inside[:-1]]): return nothing("no pulse stands out of the line's own wobble")
+    if np.isfinite(rest) and np.median(amp) < 2.5*np.std(use[~inside[:-1]]): return nothing("no pulse stands out of the line's own wobble")
     keep = _judge(onset, width, sign, amp, rejected, sfreq)
     signs = set(sign[keep].tolist()); pol = "both" if len(signs) > 1 else ("down" if signs == {-1} else "up")
     level = rest + .5*np.median(amp[keep]*sign[keep]) if np.isfinite(rest) and pol != "both" and keep.any() else np.nan
     return onset[keep], past[keep], width[keep], sign[keep], rejected, float(level), pol
 
-def _wobbles(x, read, sfreq) -> bool:
-    "Did reading by level follow the line's own wobble? Most departures are shorter than an edge, or the line rests nowhere between them."
-    found, rest, big, m = read
-    if not found: return True
-    width = np.array([j - i for i, j, _ in found]); rests = np.ones(len(x), bool)
-    for i, j, _ in found: rests[max(i - 2, 0):j + 2] = False
-    slow = uniform_filter1d(x, max(3, int(.25*sfreq)))[rests]
-    return bool(np.median(width) < .004*sfreq or (len(slow) and slow.std() > .25*big))
-
 def _is_wave(x) -> bool:
     "A line that stays nowhere (a sine): less than half of its time near its two extremes, spread evenly between them."
     lo, hi = np.quantile(x, [.01, .99]); h = np.histogram(x, bins=10, range=(lo, hi))[0]/len(x)
     up, _ = _schmitt(x - .5*(lo + hi), .2*(hi - lo), -.2*(hi - lo)); d = np.diff(up)
-    if len(_schmitt(x - .5*(lo + hi), 3*_noise(x), -3*_noise(x))[0]) > 1.2*len(up) + 1: return False          # something else rides on it
     return bool(len(d) > 2 and d.std() < .05*d.mean() and _noise(x) < .05*(hi - lo) and h[0] + h[-1] < .6 and h.max() < .35 and h[1:-1].min() > .04)
 
 def _find_wave(x, sfreq, min_gap=None):
