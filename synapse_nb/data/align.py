@@ -279,8 +279,8 @@ def _first_reading(c, ratio, tol, limit):
     c = _settled(c, segs, min(1.5*tol, limit))
     return None if c is None else (segs, c, table)
 
-# %% ../../nbs/data/12_align.ipynb #a9e7a192
-_CERTAIN = 6.      # all rivals together must be less probable than e**-6 = 0.25 % of the best reading
+# %% ../../nbs/data/12_align.ipynb #eb11f991
+_CERTAIN = 5.      # all rivals together must be less probable than e**-5 = 0.7 % of the best reading
 _LOOSE = 6.        # … also if single pulses scatter this many times as far as they seem to
 
 def _thin(lags, votes, apart):
@@ -356,27 +356,10 @@ def _recentred(c, segs, near):
         out.append(_Segment(g.slope, g.lag + d, g.first, g.stop))
     return out
 
-# %% ../../nbs/data/12_align.ipynb #917241fa
+# %% ../../nbs/data/12_align.ipynb #90bead85
 def _odds(ours, scores, weights) -> float:
     "Log-odds of one reading against all the others together."
     return float(ours - np.logaddexp.reduce(np.array(scores) + np.log(weights))) if len(scores) else np.inf
-
-def _alone(c, g, tol) -> float:
-    "Log-odds of one stretch of clock by itself, as if nothing before and after it had been recorded: is it anchored by its own gaps?"
-    part = c.o[g.first:g.stop]
-    if len(part) < 3: return -np.inf
-    c = replace(c, o=part, span=(part[0] - c.near, part[-1] + c.near), prior=None); seg = [_Segment(g.slope, g.lag, 0, len(part))]
-    lags = _other_lags(c, seg[0], _votes(part, c.e, g.slope, max(tol, 2*c.near)))
-    seg = _recentred(c, seg, 2*c.near)
-    _, scores, weights = _scored(c, seg, [([_Segment(g.slope, q, 0, len(part))], v) for q, v in lags], 2*c.near)
-    return _odds(_evidence(c, seg), scores, weights)
-
-def _between_whole_ends(c, segs) -> bool:
-    "An unbroken train across one reset: both ends are there, and nothing is lost or extra but at the reset."
-    i, j, owner, _, conflict = _pairs(c.o, c.e, segs, c.near)
-    lost = np.setdiff1d(np.flatnonzero(owner >= 0), i)
-    inner = c.e[i].searchsorted(c.e[lost]) if len(lost) else lost
-    return len(segs) == 2 and len(j) == len(c.o) and conflict == 0 and i.min() == 0 and i.max() == len(c.e) - 1 and len(np.unique(inner)) < 2
 
 def _loose(c, limit):
     "The same case as if pulses scattered six times as far, anywhere within."
@@ -511,10 +494,10 @@ def _train(pulses, what):
 def _refused(o, e, reason, span, pulses=None, names=None):
     return Alignment(np.nan, np.nan, np.nan, e, o, np.zeros((0, 2), int), np.zeros(0), np.arange(len(e)), np.arange(len(o)), [], np.full(len(e), np.nan), "refused", reason, [], span, np.nan, pulses, names)
 
-# %% ../../nbs/data/12_align.ipynb #3a0c0ec0
+# %% ../../nbs/data/12_align.ipynb #0b6d6a9c
 @dataclass
 class _Reading:
-    "The best reading of a session, and how far it stands above its rivals (log-odds, as measured and loosely; after a reset, of each stretch by itself)."
+    "The best reading of a session, and how far it stands above its rivals (log-odds, as measured and loosely)."
     case: _Case
     segs: list
     ratio: float
@@ -541,7 +524,6 @@ def _reading(case, first, ratio, tol, limit):
         segs = _one_clock(case, loose, limit); c = _settled(case, segs, limit); free = _loose(c, .6*limit)
         _, scores, weights = _scored(free, segs, _rivals(c, segs, table, tol), free.near)
         odds = (np.inf, _odds(_evidence(free, segs), scores, weights))
-    if len(segs) > 1 and not _between_whole_ends(c, segs): odds = (*odds, *(_alone(c, g, tol) for g in segs))
     return _Reading(c, segs, ratio, odds, rival)
 
 def _faultless(c, segs, limit) -> bool:
@@ -607,7 +589,7 @@ def align(pulses, expected, *, nominal_lag=None, max_drift: float = 1000., toler
     if why := _doubt(best): return replace(refuse(why), rival=float(min(best.odds)))
     return _trusted(best, o - o_shift, e - e_shift, e[0], o_back + e_back, span, p, names)
 
-# %% ../../nbs/data/12_align.ipynb #7af3ba24
+# %% ../../nbs/data/12_align.ipynb #df236c77
 def _drift(r) -> float:
     "Difference of the clocks (ppm), a rate declared wrongly taken out."
     return (r.segs[0].slope/r.ratio - 1)*1e6
@@ -623,7 +605,7 @@ def _doubt(r) -> str:
     if _above_chance(r) < max(20., .2*len(i)) and len(i) > 7: return f"the pulses lie anywhere within {r.near*1e3:.0f} ms of their places, as unrelated ones would: {other}"
     if len(r.segs) > (2 if even else 6): return f"{len(r.segs) - 1} clock resets would be needed: another film, or a log of another session?"
     if min(r.odds) < _CERTAIN: return _unsure(r, even, ms)
-    if why := _strays(r, even) or _hidden_reset(r, even, inside): return why
+    if why := _strays(r, even): return why
     a, k = _runs_of(~np.isin(np.arange(len(c.e)), i) & inside)
     quiet = (c.e[a + k - 1] - c.e[a]).max() if len(a) else 0.
     if even and quiet > _SILENCE: return f"no pulse is seen for {quiet:.0f} s where an even train should run: another film, or a line that failed?"
@@ -659,32 +641,6 @@ def _strays(r, even) -> str:
     d = np.diff(c.e); wide = np.flatnonzero(d > 1.8*p)
     n = sum(int(((t > c.e[k] + 3*r.near) & (t < c.e[k + 1] - 3*r.near)).sum()) for k in wide); mean = c.rate*d[wide].sum()
     return f"{n} pulses stand in gaps where none is expected: another film?" if n > 3*mean + 4*np.sqrt(mean) + 3 else ""
-
-# %% ../../nbs/data/12_align.ipynb #02a70629
-def _step_of(res, sd) -> float:
-    "Size (s) of a step in residuals over time, or 0: the largest jump of their level that stands well out of their scatter."
-    if len(res) < 40: return 0.
-    r = np.clip(res - res.mean(), -4*sd, 4*sd); c = np.cumsum(r); q = np.arange(10, len(r) - 10)
-    t = np.abs(c[q - 1])/np.sqrt(q*(1 - q/len(r)))/max(r.std(), 1e-6); k = int(q[t.argmax()])
-    size = abs(np.median(res[k:k + 200]) - np.median(res[max(k - 200, 0):k]))
-    return float(size) if t.max() > 7 and size > max(.0015, .5*sd) else 0.
-
-def _hidden_reset(r, even, inside) -> str:
-    "Signs of a clock that was reset unseen: on the beat of an even train, or so near an end that too few pulses tell it."
-    c, i = r.case, np.sort(r.i); m = len(c.e); hint = "was a clock reset, or is it another film?"
-    gone = np.isin(np.arange(len(c.o)), r.j, invert=True); miss = inside & np.isin(np.arange(m), i, invert=True)
-    for side, e, o in (("first", miss[:i[0]], gone[:r.j.min()]), ("last", miss[i[-1] + 1:], gone[r.j.max() + 1:])):
-        if e.sum() > 1 and o.sum() >= max(2, .5*e.sum()): return f"the {side} {int(e.sum())} expected and the {side} {int(o.sum())} pulses do not belong together: {hint}"
-        if even and e.sum() and e.sum()*np.log(c.p_lost) < _END - np.log(m): return f"the {side} {int(e.sum())} pulses are missing though the recording was running: {hint}"
-    if not even: return ""
-    whole = i[0] == 0 and i[-1] == m - 1; order = np.argsort(r.j); res = (c.o[r.j] - r.pred[r.i])[order]
-    if not whole and len(r.segs) == 1 and (size := _step_of(res, 1.4826*float(np.median(np.abs(res - np.median(res)))))): return f"the residuals step by {size*1e3:.1f} ms in an even train: {hint}"
-    p = _typical(c.e)*r.segs[0].slope; t = c.o[gone]
-    ends = [r.pred[0] - p, r.pred[-1] + p]
-    if len(t) and any(np.abs(t - q).min() <= r.near for q in ends if np.isfinite(q)): return f"a pulse goes on in step before the first or after the last expected one: {hint}"
-    a, n = _runs_of(gone); beat = [np.abs(np.diff(c.o[k:k + q]) - p) <= 2*r.near for k, q in zip(a, n) if q > 4]
-    if any(_runs_of(b)[1].max(initial=0) >= 4 for b in beat): return f"pulses that belong to no expected time follow each other in step: {hint}"
-    return ""
 
 # %% ../../nbs/data/12_align.ipynb #7df90f53
 def _trusted(r, o, e, zero, resets, span, pulses, names) -> Alignment:
