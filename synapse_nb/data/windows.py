@@ -156,7 +156,7 @@ class _Trials(_Fewer):
         self.subjects = list(subjects) if subjects is not None else sorted(self.events["subject"].astype(str).unique())
         self._subject = torch.tensor([self.subjects.index(s) if s in self.subjects else -1 for s in self.events["subject"].astype(str)])
 
-# %% ../../nbs/data/17_windows.ipynb #61cf2cb0
+# %% ../../nbs/data/17_windows.ipynb #d8cf1870
 class _Served(_Trials):
     "Trials as batches."
     def __len__(self): return len(self._start)
@@ -174,7 +174,7 @@ class _Served(_Trials):
 
     def __getitems__(self, rows) -> dict:
         "A batch: x (n, n_channels, n_times) float32, y, subject, index (row of .events), and what is `beside`."
-        rows = np.asarray(rows, np.int64)
+        rows = np.array(rows, np.int64)
         x = _run_window(torch.from_numpy(self._cut(rows, buffer=True)), self.window, self.sfreq, self.tmin)
         if self.whiten is not None: x = self.whiten.apply(x, self._store[rows], self)
         index = torch.from_numpy(rows)
@@ -401,7 +401,7 @@ def make_loader(ds, batch_size: int = 64, shuffle: bool = False, seed: int = 0, 
     if num_workers: kw = {"persistent_workers": True} | kw
     return DataLoader(_InWorkers(ds) if num_workers else ds, batch_sampler=EpochBatches(ds, batch_size, shuffle, seed, drop_last), collate_fn=_as_is, num_workers=num_workers, **kw)
 
-# %% ../../nbs/data/17_windows.ipynb #8af119f4
+# %% ../../nbs/data/17_windows.ipynb #f9ccc46d
 class PairedWindows(Dataset):
     """Pairs of an MEG and an EEG trial: batches {"meg": (n, n_channels, n_times), "eeg": …, "y", "index"}.
 
@@ -415,7 +415,7 @@ class PairedWindows(Dataset):
         self.dropped = int((~there).sum())
         if not there.any(): raise SynapseError(f"None of the {len(pairs)} pairs has both trials in the windows; were the pairs made for another split?")
         self.events = pairs[there].reset_index(drop=True)
-        self._m, self._e = m[self.events["meg_trial"]].to_numpy(np.int64), e[self.events["eeg_trial"]].to_numpy(np.int64)
+        self._m, self._e = np.array(m[self.events["meg_trial"]], np.int64), np.array(e[self.events["eeg_trial"]], np.int64)       # copies: pandas hands out read-only arrays
         self.classes = meg.classes
         ym, ye = ([w.classes[i] if w.classes else None for i in w.y[k]] for w, k in ((meg, self._m), (eeg, self._e)))
         bad = [i for i, (a, b) in enumerate(zip(ym, ye)) if a != b]
@@ -425,7 +425,7 @@ class PairedWindows(Dataset):
     y = property(lambda self: self._y.numpy())
     def set_epoch(self, epoch_idx: int) -> None: self.meg.set_epoch(epoch_idx); self.eeg.set_epoch(epoch_idx)
     def __getitems__(self, rows) -> dict:
-        rows = np.asarray(rows, np.int64)
+        rows = np.array(rows, np.int64)
         m, e, index = self.meg.__getitems__(self._m[rows]), self.eeg.__getitems__(self._e[rows]), torch.from_numpy(rows)
         return {"meg": m["x"], "eeg": e["x"], "y": self._y[index], "index": index, "meg_subject": m["subject"], "eeg_subject": e["subject"]}
     def __getitem__(self, i: int) -> dict: return {k: v[0] for k, v in self.__getitems__([i]).items()}
