@@ -124,9 +124,11 @@ def plot_evoked_topo(evokeds, times=None, n_topo: int = 4, title: str = ""):
     shared = times if times is not None else _peaks(next(iter(ev.values())), n_topo)
     for row, (name, e) in zip(np.atleast_2d(axes), ev.items()):
         unit, scale = _unit(e); data = e.data * scale
-        row[0].plot(e.times, data.T, color=COLOURS[0], lw=0.4, alpha=0.5); row[0].plot(e.times, data.std(0), color=COLOURS[3], lw=1.5)
+        row[0].plot(e.times, data.T, color=COLOURS[0], lw=0.4, alpha=0.5); row[0].plot(e.times, data.std(0), color=COLOURS[3], lw=1.5, label="spread over sensors"); row[0].legend(fontsize=6, loc="lower right")
         row[0].axvline(0, color=COLOURS[6], lw=0.8, ls=":"); row[0].set(ylabel=unit, title=f"{name} (n = {e.nave})" if e.nave > 1 and " minus " not in name else name, xlabel="time (s)")
-        for ax, t in zip(row[1:], shared): _topo(ax, e, t, np.abs(data).max() * 0.9, scale, unit)
+        top = np.abs(data).max() * 0.9
+        for ax, t in zip(row[1:], shared): _topo(ax, e, t, top, scale, unit)
+        if row[-1].axison or row[-1].has_data(): row[-1].text(0.5, -0.1, f"colours: ±{top:.3g} {unit.partition('(')[2].rstrip(')')}", transform=row[-1].transAxes, ha="center", fontsize=6, color=_INK)
     if title: fig.suptitle(title, color=_INK)
     return fig
 
@@ -242,7 +244,7 @@ def plot_picture_grid(rows: dict, n: int = 12, size: int = 72, captions=None) ->
         cells = "".join(f'<td><img alt="{_html.escape(label)} {i + 1}" width="{size}" height="{size}" src="{to_png_uri(pics[i])}"></td>' for i in range(n))
         out.append(f"<tr><th>{_html.escape(label)}</th>{cells}</tr>")
         if captions is not None and len(out) == 1: out.append("<tr class=cap><th></th>" + "".join(f"<td>{_html.escape(str(captions[i]))}</td>" for i in range(n)) + "</tr>")
-    return Html(f'<div class="wide"><table class="sheet">{"".join(out)}</table></div><p class="note">The first {n} pictures in file order, one sample each, fixed seed.</p>')
+    return Html(f'<div class="wide"><table class="sheet">{"".join(out)}</table></div><p class="note">{n} pictures in the order given, none chosen, one sample each, fixed seed.</p>')
 
 def score_table(scores) -> Html:
     "Every score with n, chance, 95 % interval and p; one table a protocol, because numbers under different protocols may not be compared. Scores without a protocol are refused."
@@ -276,7 +278,7 @@ nav{display:flex;flex-wrap:wrap;gap:6px 14px;border-block:1px solid var(--line);
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px 22px;margin:20px 0}h2{font-size:1.25rem;margin:0 0 .5em}h3{font-size:1.02rem;margin:1.1em 0 .3em}h4{margin:1.4em 0 .2em;font-size:.95rem}p{max-width:80ch;margin:.5em 0}
 figure{margin:12px 0}figure svg{width:100%;height:auto;display:block;color:var(--ink)}figcaption,.note,.proto{color:var(--soft);font-size:.85rem}.proto{font-family:ui-monospace,SFMono-Regular,Menlo,monospace;font-size:.75rem;overflow-wrap:anywhere;max-width:none}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}th,td{padding:4px 10px 4px 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}.num{text-align:right}th{color:var(--soft);font-weight:600}
-.frame th{white-space:normal;vertical-align:bottom}.frame td,.frame th{padding-right:16px}.frame td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:22ch}.sheet td,.sheet th{border:0;padding:2px;white-space:normal}.sheet th{text-align:right;padding-right:10px;font-weight:500;min-width:105px;max-width:140px}.sheet img{display:block;border-radius:3px;image-rendering:pixelated}.sheet .cap td{font-size:.62rem;line-height:1.15;color:var(--soft);max-width:72px;vertical-align:top}
+.frame th{white-space:normal;vertical-align:bottom}.frame td,.frame th{padding-right:16px}.frame td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:22ch}.sheet td,.sheet th{border:0;padding:2px;white-space:normal}.sheet th{text-align:right;padding-right:10px;font-weight:500;min-width:105px;max-width:140px}.sheet img{display:block;border-radius:3px;image-rendering:pixelated}.sheet .cap td{font-size:.62rem;line-height:1.15;color:var(--soft);max-width:72px;overflow-wrap:anywhere;vertical-align:top}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px;margin:18px 0}.card{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--accent);border-radius:8px;padding:12px 14px}.card.low{border-left-color:var(--soft)}.card b{font-size:1.55rem;display:block;line-height:1.2}.card span{color:var(--soft);font-size:.8rem;display:block}
 .banner{border:1px solid var(--warn);color:var(--warn);border-radius:8px;padding:10px 14px;margin:16px 0;font-weight:600}.warn{color:var(--warn);font-weight:500}footer{color:var(--soft);font-size:.8rem;padding:10px 22px 50px}pre{overflow-x:auto;font-size:.75rem;background:color-mix(in srgb,var(--ink) 5%,transparent);padding:10px;border-radius:6px}code{font-size:.9em}
 @media print{section{break-inside:avoid}body{background:#fff}}
