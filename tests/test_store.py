@@ -154,6 +154,39 @@ def test_a_batch_stays_while_it_is_held(tmp_path):
         assert np.array_equal(view.numpy(), before.numpy())
 
 
+@pytest.mark.parametrize("stay", [True, False])
+def test_a_batch_of_a_worker_stays_while_it_is_held(tmp_path, stay):
+    "Workers use their memory again, but not what somebody still holds: whole batches, parts of them, through epochs that are broken off."
+    torch = pytest.importorskip("torch")
+    from synapse_nb.data.windows import PairedWindows, Windows, make_loader
+    path, _ = make(tmp_path, n=40)
+    ds = Windows(path, tmin=0., tmax=.2)
+    loader = make_loader(ds, 2, True, 3, num_workers=2, persistent_workers=stay)
+    held = []
+    for k, b in enumerate(loader):
+        if k % 3 == 0: held.append((b["x"], b["index"]))                                            # 14 of them: more than a worker has pieces
+        if k % 3 == 1: held.append((b["x"][1:, :2].numpy(), b["index"][1:]))
+    for k, b in enumerate(loader):
+        if k == 7: break
+    for b in loader: held.append((b["x"][:1], b["index"][:1]))
+    for x, i in held:
+        want = ds.__getitems__(i)["x"].numpy()
+        assert np.array_equal(np.asarray(x), want[:, :x.shape[1]])
+    pw = PairedWindows(ds, ds, pd.DataFrame({"meg_trial": ds.events["trial_id"], "eeg_trial": ds.events["trial_id"]}))
+    for b in make_loader(pw, 7, num_workers=2, persistent_workers=stay):
+        assert torch.equal(b["meg"], b["eeg"]) and np.array_equal(b["meg"].numpy(), ds.__getitems__(b["index"])["x"].numpy())
+
+
+@pytest.mark.filterwarnings("error")
+def test_pairs_and_read_only_rows_do_not_warn(tmp_path):
+    pytest.importorskip("torch")
+    from synapse_nb.data.windows import PairedWindows, Windows
+    ds = Windows(make(tmp_path, n=8)[0], tmin=0., tmax=.2)
+    rows = np.arange(3); rows.flags.writeable = False
+    ids = ds.events["trial_id"]
+    assert len(ds.__getitems__(rows)["y"]) == len(PairedWindows(ds, ds, pd.DataFrame({"meg_trial": ids, "eeg_trial": ids})).__getitems__(rows)["y"]) == 3
+
+
 def test_stores_travel_to_other_processes(tmp_path):
     path, x = make(tmp_path)
     s = pickle.loads(pickle.dumps(open_store(path)))

@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['EEG17', 'channels_in', 'Windows', 'Whitener', 'fit_whitener', 'EpochBatches', 'make_loader', 'PairedWindows']
 
-# %% ../../nbs/data/17_windows.ipynb #b2632d90
+# %% ../../nbs/data/17_windows.ipynb #ce1d2bb7
 import re
 import sys
+import time
+import weakref
 from dataclasses import dataclass
+from secrets import token_hex
 
 import numpy as np
 import pandas as pd
@@ -57,7 +60,7 @@ def _meg_in(store, region) -> list[str]:
     toward = (np.abs(u) if region == "temporal" else u) @ np.array(direction)/np.linalg.norm(u, axis=1)
     return [names[i] for i in np.sort(np.argsort(-toward)[:round(share*len(idx))])]
 
-# %% ../../nbs/data/17_windows.ipynb #1af680e4
+# %% ../../nbs/data/17_windows.ipynb #9e9d94b1
 class _Buffers:
     "float32 arrays that are handed out again when nobody else holds them."
     def __init__(self): self.kept = []
@@ -69,10 +72,16 @@ class _Buffers:
         if a.nbytes < 2**26: self.kept = [*self.kept[-3:], a]
         return a
 
+_lenders: list = []             # in a worker process: its `_Lender`
+
 def _result(shape, buffers: _Buffers) -> torch.Tensor:
     "Where a batch goes: a used buffer, or, in a worker process, memory that can be handed over without copying it again."
     if get_worker_info() is None: return torch.from_numpy(buffers.get(shape))
-    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4*int(np.prod(shape))), 0, shape)
+    return _lenders[0].get(shape) if _lenders else _shared(int(np.prod(shape))).view(shape)
+
+def _shared(n: int) -> torch.Tensor:
+    "n float32 values that other processes can see."
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4*n), 0, (n,))
 
 def _over_time(w, x):
     "Weighted sums over time of x (batch, n_times, n_channels) -> (batch, 1, n_channels)."
@@ -156,7 +165,7 @@ class _Trials(_Fewer):
         self.subjects = list(subjects) if subjects is not None else sorted(self.events["subject"].astype(str).unique())
         self._subject = torch.tensor([self.subjects.index(s) if s in self.subjects else -1 for s in self.events["subject"].astype(str)])
 
-# %% ../../nbs/data/17_windows.ipynb #d8cf1870
+# %% ../../nbs/data/17_windows.ipynb #02af22ee
 class _Served(_Trials):
     "Trials as batches."
     def __len__(self): return len(self._start)
@@ -174,7 +183,7 @@ class _Served(_Trials):
 
     def __getitems__(self, rows) -> dict:
         "A batch: x (n, n_channels, n_times) float32, y, subject, index (row of .events), and what is `beside`."
-        rows = np.array(rows, np.int64)
+        rows = np.require(rows, np.int64, "W")
         x = _run_window(torch.from_numpy(self._cut(rows, buffer=True)), self.window, self.sfreq, self.tmin)
         if self.whiten is not None: x = self.whiten.apply(x, self._store[rows], self)
         index = torch.from_numpy(rows)
@@ -359,7 +368,7 @@ def _inverse_root(windows: Windows, rows, diagonal: bool, n_max: int = 40_000) -
     val, vec = np.linalg.eigh(ledoit_wolf(x/scale, assume_centered=True)[0])
     return ((vec/np.sqrt(np.maximum(val, 1e-9*val.max()))) @ vec.T/scale).astype(np.float32)
 
-# %% ../../nbs/data/17_windows.ipynb #a6e3f61b
+# %% ../../nbs/data/17_windows.ipynb #49860eb8
 class _Rows(list):
     "Rows of a batch, and the epoch they belong to: a worker that stays from one epoch to the next learns it from them."
     def __init__(self, rows, epoch: int): super().__init__(rows); self.epoch = epoch
@@ -383,9 +392,65 @@ class EpochBatches:
 
 def _as_is(batch): return batch
 
+# %% ../../nbs/data/17_windows.ipynb #6e504780
+class _Slots:
+    "In the main process: what its workers have lent it. `freed[k]` is the number of the last batch in piece k that nobody holds any more."
+    known = weakref.WeakValueDictionary()
+    def __init__(self, n_workers: int, each: int = 6):
+        self.token, self.each, self.freed, self.here = token_hex(8), each, torch.zeros(n_workers*each, dtype=torch.int64).share_memory_(), {}
+        self.known[self.token] = self
+    def __getstate__(self): return {**self.__dict__, "here": {}}
+
+    def take(self, k: int, number: int, memory, shape, stride, offset) -> torch.Tensor:
+        "The batch `number` in piece `k` (`memory` comes along the first time), and a look at which other pieces are free."
+        for j, lent in self.here.items():
+            if lent[1] and sys.getrefcount(lent[0]) == 2: self.freed[j], lent[1] = lent[1], 0
+        if memory is not None: self.here[k] = [memory.numpy(), 0]
+        self.here[k][1] = number
+        return torch.from_numpy(self.here[k][0]).as_strided(shape, stride, offset)
+
+def _take(token: str, *what) -> torch.Tensor: return _Slots.known[token].take(*what)
+
+class _Sent:
+    "A tensor on its way out of a worker: what it becomes on the other side."
+    def __init__(self, make, *args): self.make, self.args = make, args
+    def __reduce__(self): return self.make, self.args
+
+# %% ../../nbs/data/17_windows.ipynb #5c91324d
+class _Lender:
+    "In a worker: pieces of shared memory for batches, used again when the main process is done with them."
+    def __init__(self, slots: _Slots, worker: int): self.slots, self.first, self.kept, self.sent, self.out, self.new, self.number = slots, worker*slots.each, [], [], set(), set(), time.time_ns()
+
+    def get(self, shape) -> torch.Tensor:
+        "Memory of this shape that nobody uses."
+        n = int(np.prod(shape))
+        for k, t in enumerate(self.kept):
+            if k not in self.out and t.numel() >= n and self.sent[k] == int(self.slots.freed[self.first + k]): self.out.add(k); return t[:n].view(shape)
+        t = _shared(n)
+        if len(self.kept) < self.slots.each:
+            k = len(self.kept); self.kept.append(t); self.sent.append(int(self.slots.freed[self.first + k])); self.out.add(k); self.new.add(k)
+        return t.view(shape)
+
+    def send(self, batch):
+        "The batch as it goes through the pipe: what lies in a piece as its number, what is small as it is."
+        out, self.out = {self.kept[k].untyped_storage().data_ptr(): k for k in self.out}, set()
+        if not (isinstance(batch, dict) and all(isinstance(v, torch.Tensor) for v in batch.values())):       # something may be hidden in it: these pieces are not used again
+            for k in out.values(): self.sent[k] = -1
+            return batch
+        return {name: self._wrap(v, out) for name, v in batch.items()}
+
+    def _wrap(self, v, out: dict):
+        k = out.get(v.untyped_storage().data_ptr()) if v.numel() else None
+        if k is None: return _Sent(torch.from_numpy, v.numpy()) if v.nbytes < 2**16 and not v.requires_grad else v
+        if v.dtype != torch.float32: self.sent[k] = -1; return v
+        self.number += 1; self.sent[k] = self.number
+        memory = self.kept[k] if k in self.new else None; self.new.discard(k)
+        return _Sent(_take, self.slots.token, self.first + k, self.number, memory, tuple(v.shape), v.stride(), v.storage_offset())
+
+# %% ../../nbs/data/17_windows.ipynb #aaec5481
 class _InWorkers(Dataset):
     "A dataset for workers that stay: before a batch it is told the batch's epoch. Everything else is the dataset's own."
-    def __init__(self, ds): self.ds, self._told = ds, None
+    def __init__(self, ds, slots: _Slots | None = None): self.ds, self._told, self._slots = ds, None, slots
     def __len__(self): return len(self.ds)
     def __getattr__(self, name):
         if name.startswith("__") or name == "ds": raise AttributeError(name)
@@ -394,14 +459,16 @@ class _InWorkers(Dataset):
     def __getitems__(self, rows):
         epoch = getattr(rows, "epoch", None)
         if epoch is not None and epoch != self._told and hasattr(self.ds, "set_epoch"): self.ds.set_epoch(epoch); self._told = epoch
-        return self.ds.__getitems__(list(rows))
+        if self._slots is None or (who := get_worker_info()) is None: return self.ds.__getitems__(list(rows))
+        if not _lenders: _lenders.append(_Lender(self._slots, who.id))
+        return _lenders[0].send(self.ds.__getitems__(list(rows)))
 
 def make_loader(ds, batch_size: int = 64, shuffle: bool = False, seed: int = 0, drop_last: bool = False, num_workers: int = 0, **kw) -> DataLoader:
     "A `DataLoader` over `Windows` or `PairedWindows`; its batches depend on (seed, epoch) only, not on the number of workers. Workers stay from one epoch to the next (`persistent_workers=False`: are started anew)."
     if num_workers: kw = {"persistent_workers": True} | kw
-    return DataLoader(_InWorkers(ds) if num_workers else ds, batch_sampler=EpochBatches(ds, batch_size, shuffle, seed, drop_last), collate_fn=_as_is, num_workers=num_workers, **kw)
+    return DataLoader(_InWorkers(ds, _Slots(num_workers)) if num_workers else ds, batch_sampler=EpochBatches(ds, batch_size, shuffle, seed, drop_last), collate_fn=_as_is, num_workers=num_workers, **kw)
 
-# %% ../../nbs/data/17_windows.ipynb #f9ccc46d
+# %% ../../nbs/data/17_windows.ipynb #444bf3bb
 class PairedWindows(Dataset):
     """Pairs of an MEG and an EEG trial: batches {"meg": (n, n_channels, n_times), "eeg": …, "y", "index"}.
 
@@ -425,7 +492,7 @@ class PairedWindows(Dataset):
     y = property(lambda self: self._y.numpy())
     def set_epoch(self, epoch_idx: int) -> None: self.meg.set_epoch(epoch_idx); self.eeg.set_epoch(epoch_idx)
     def __getitems__(self, rows) -> dict:
-        rows = np.array(rows, np.int64)
+        rows = np.require(rows, np.int64, "W")
         m, e, index = self.meg.__getitems__(self._m[rows]), self.eeg.__getitems__(self._e[rows]), torch.from_numpy(rows)
         return {"meg": m["x"], "eeg": e["x"], "y": self._y[index], "index": index, "meg_subject": m["subject"], "eeg_subject": e["subject"]}
     def __getitem__(self, i: int) -> dict: return {k: v[0] for k, v in self.__getitems__([i]).items()}
