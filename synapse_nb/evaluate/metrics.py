@@ -336,7 +336,7 @@ def classification_score(metric: str, y_true, y_pred, *, clusters=None, runs=Non
     chance = 1 / len(np.unique(yt)) if metric == "balanced_accuracy" else float(np.mean(null)) if metric in ("accuracy", "f1") else 0.0
     note = f"CI: {len(per)} {'trials' if clusters is None else 'pictures'} as the unit; p: frozen predictions, labels permuted{' within run' if runs is not None else ''}{said}"
     return Score(**{"metric": metric, "value": value, "ci_low": float(low), "ci_high": float(high), "chance": chance, "n": n,
-                    "p": float((1 + (null >= value - 1e-12).sum()) / (1 + len(null))), "note": note, **fields})
+                    "p": permutation_p(value, null), "note": note, **fields})
 
 def balanced_accuracy(y_true, y_pred, **kw) -> Score:
     "Mean recall over classes: `classification_score('balanced_accuracy', …)`; chance is 1 / number of true classes."
@@ -372,9 +372,13 @@ def widen_null(null, folds=None) -> tuple[np.ndarray, str]:
     return null.mean() + np.sqrt(2) * (null - null.mean()), ", null widened by sqrt(2) for cross-validation"
 
 def permutation_p(observed: float, null) -> float:
-    "(b + 1) / (m + 1): never zero (Phipson & Smyth 2010)."
-    null = np.asarray(null, float)
-    return float((1 + (null >= observed - 1e-12).sum()) / (1 + len(null)))
+    """(b + 1) / (m + 1), b the permutations that score higher, and half of those that score the same: never zero (Phipson & Smyth 2010), and of the stated size for scores in steps.
+
+    Counting every tie whole would call an accuracy over 180 trials significant in 3 % of the cases where nothing is there, not in 5 % (mid-p: Lancaster 1961). A score that no permutation changes says nothing: p = 1.
+    """
+    over = np.asarray(null, float) - observed
+    if len(over) and np.abs(over).max() <= 1e-12: return 1.0
+    return float((1 + (over > 1e-12).sum() + (np.abs(over) <= 1e-12).sum() / 2) / (1 + len(over)))
 
 def permutation_test(score: Callable[[np.ndarray], float], y, *, runs=None, clusters=None, n_perm: int = 1000, seed: int = 0) -> tuple[float, float, np.ndarray]:
     "(observed, p, null): `score(y)` refits everything that sees labels; it is called once with the truth and `n_perm` times with labels permuted within run."
