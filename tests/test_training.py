@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import training_program as program
@@ -94,23 +95,45 @@ class Stop:
         if run.global_step == self.at: os.kill(os.getpid(), signal.SIGINT)
 
 
-def interrupted(folder, workers, stops, seed=0):
+def interrupted(folder, workers, stops, seed=0, stay=False):
     kw = dict(n_epochs=3, lr=1e-2, val_loader=DataLoader(program.Augmented(27, augment=False), 16), device="cpu", seed=3)
     for i, at in enumerate([*stops, None]):
         torch.manual_seed(seed + i)
         model = program.Conv(0.3)
         cbs = [EMA(0.9), warmup_cosine(), BestCheckpoint()] + ([LastCheckpoint(folder)] if stops else []) + ([Stop(at)] if at else [])
-        try: history = fit(model, program.step, DataLoader(program.Augmented(), 16, shuffle=True, num_workers=workers), callbacks=cbs, resume=folder if stops else None, **kw)
+        try: history = fit(model, program.step, DataLoader(program.Augmented(), 16, shuffle=True, num_workers=workers, persistent_workers=stay), callbacks=cbs, resume=folder if stops else None, **kw)
         except KeyboardInterrupt: assert at
     return history, full_weights(model)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stops", [[1], [4], [6, 9]])
-def test_k_and_resume_and_m_is_k_plus_m_bit_for_bit(tmp_path, workers, stops):
-    whole, parts = interrupted(tmp_path, workers, []), interrupted(tmp_path, workers, stops)
-    assert whole[0] == parts[0]
-    same(whole[1], parts[1])
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory): return interrupted(tmp_path_factory.mktemp("none"), 0, [])
+
+
+@pytest.mark.parametrize("workers,stay", [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize("stops", [[], [1], [4], [6, 9]])
+def test_k_and_resume_and_m_is_k_plus_m_bit_for_bit(tmp_path, uninterrupted, workers, stay, stops):
+    "Without workers, with workers that are started anew for each epoch, and with workers that stay: one result."
+    parts = interrupted(tmp_path, workers, stops, stay=stay)
+    assert uninterrupted[0] == parts[0]
+    same(uninterrupted[1], parts[1])
+
+
+class Bad(program.Augmented):
+    "Row 20 kills its worker, or never comes."
+    def __init__(self, how): super().__init__(); self.how = how
+    def __getitem__(self, i):
+        if i == 20: os.kill(os.getpid(), signal.SIGKILL) if self.how == "dies" else time.sleep(60)
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("how,said", [("dies", "worker"), ("hangs", "timed out after 1 seconds")])
+def test_a_batch_that_never_comes_is_named_and_nobody_is_left(tmp_path, how, said):
+    loader = DataLoader(Bad(how), 8, num_workers=1, persistent_workers=True, timeout=1 if how == "hangs" else 0)
+    with pytest.raises(SynapseError, match=rf"{said}.*epoch 0, batch .*2 \(rows 16, 17, 18, 19, 20, 21, 22, 23\)"): fit(program.Conv(), program.step, loader, n_epochs=1, device="cpu", callbacks=[LastCheckpoint(tmp_path)])
+    end = time.monotonic() + 10
+    while (left := [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(p.cmdline())]) and time.monotonic() < end: time.sleep(0.1)
+    assert not left
 
 
 def kill_and_resume(folder, n_kills, every_steps, seed, ranks=1, wait=(0.3, 1.0)):

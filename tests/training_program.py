@@ -18,7 +18,7 @@ from synapse_nb.train.loop import fit
 
 
 class Augmented(Dataset):
-    "Vectors with a planted class; noise drawn from (seed, epoch, sample), whichever worker makes it."
+    "Vectors with a planted class; noise drawn from (seed, epoch, sample), whichever worker makes it, and some from the global generator, as people do."
     def __init__(self, n=50, augment=True):
         torch.manual_seed(5)
         self.x, self.augment, self.epoch_idx = torch.randn(n, 6, 16), augment, 0
@@ -28,7 +28,7 @@ class Augmented(Dataset):
     def __len__(self): return len(self.x)
 
     def __getitem__(self, i):
-        noise = torch.as_tensor(rng(7, self.epoch_idx, i).normal(size=(6, 16)), dtype=torch.float32) * 0.1 if self.augment else 0
+        noise = torch.as_tensor(rng(7, self.epoch_idx, i).normal(size=(6, 16)), dtype=torch.float32) * 0.1 + 0.05 * torch.rand(6, 16) if self.augment else 0
         return {"x": self.x[i] + noise, "y": self.y[i], "index": i}
 
 

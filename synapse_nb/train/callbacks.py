@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BestCheckpoint', 'EarlyStopping', 'LastCheckpoint', 'KeepStates', 'keep_states', 'Schedule', 'warmup_cosine',
-           'one_cycle', 'Plateau', 'EMA', 'CSVLog', 'PrintRows', 'TensorBoardLog', 'WandbLog', 'GradientWatch',
-           'LoaderWatch', 'Profile', 'pick_workers']
+           'one_cycle', 'Plateau', 'EMA', 'CSVLog', 'PrintRows', 'TensorBoardLog', 'wandb_key', 'WandbLog', 'tracked',
+           'GradientWatch', 'LoaderWatch', 'Profile', 'pick_workers', 'pick_loading']
 
-# %% ../../nbs/train/29_callbacks.ipynb #57c3df28
+# %% ../../nbs/train/29_callbacks.ipynb #02fb07b6
 import csv
 import io
 import json
@@ -25,7 +25,7 @@ import torch
 from ..core import SynapseError, log, suggest, write_text
 from ..dist import any_rank, is_main, rank
 from .checkpoint import copy_whole, full_weights, list_states, load_weights, put_weights, save_state, save_weights
-from .loop import ALWAYS, Callback, Run, better_is, run_state
+from .loop import ALWAYS, Callback, Run, better_is, rows_text, run_state
 
 # %% ../../nbs/train/29_callbacks.ipynb #741d0c7e
 class _Best(Callback):
@@ -259,17 +259,24 @@ class PrintRows(Callback):
         r = run.row
         print(f"epoch {r['epoch_idx'] + 1}/{run.n_epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in r.items() if k != "epoch_idx"), flush=True)
 
-# %% ../../nbs/train/29_callbacks.ipynb #0eaf7143
-class TensorBoardLog(Callback):
-    "Each column of the history as a TensorBoard scalar in `folder` (needs the `tensorboard` package)."
+# %% ../../nbs/train/29_callbacks.ipynb #81cd0baa
+class _Tracker(Callback):
+    "What trackers share: with `many` each `fit` gets a name of its own below the folder."
     order = 50
-    def __init__(self, folder): self.folder, self.writer = Path(folder), None
+    def __init__(self, folder=None, many: bool = False): self.folder, self.many, self.n = folder and Path(folder), many, -1
 
+    def _named(self, run: Run) -> str:
+        self.n += 1
+        return f"{self.n:03d}" + re.sub(r"[^a-z0-9]+", "-", "-" + run.desc.lower()).rstrip("-") if self.many else ""
+
+class TensorBoardLog(_Tracker):
+    "Each column of the history as a TensorBoard scalar in `folder` (needs the `tensorboard` package)."
+    writer = None
     def on_fit_start(self, run: Run):
         if not is_main(): return
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError: raise SynapseError("TensorBoardLog needs the tensorboard package: pip install tensorboard.") from None
-        self.writer = SummaryWriter(str(self.folder))
+        self.writer = SummaryWriter(str(self.folder / self._named(run)))
 
     def on_epoch_end(self, run: Run):
         if self.writer is None: return
@@ -279,45 +286,70 @@ class TensorBoardLog(Callback):
 
     def on_fit_end(self, run: Run): self.writer and self.writer.close()
 
-class WandbLog(Callback):
-    "Each row to Weights & Biases (needs the `wandb` package); `mode` is `offline` unless the environment variable WANDB_MODE or the caller says otherwise."
-    order = 50
-    def __init__(self, project: str, name: str | None = None, config: dict | None = None, folder=None, mode: str | None = None):
-        self.kw, self.run_ = dict(project=project, name=name, config=config, dir=folder and str(folder), mode=mode or os.environ.get("WANDB_MODE", "offline")), None
+# %% ../../nbs/train/29_callbacks.ipynb #7a09ed4f
+def wandb_key() -> str | None:
+    "The key in `WANDB_API_KEY`, else in the file that `WANDB_API_KEY_FILE` names. Raises `SynapseError` when that file is missing or lies in a git repository, from where it would be published."
+    if (key := os.environ.get("WANDB_API_KEY")) or not (name := os.environ.get("WANDB_API_KEY_FILE")): return key or None
+    path = Path(name).expanduser().resolve()
+    if not path.is_file(): raise SynapseError(f"WANDB_API_KEY_FILE names {path}, which is not there.")
+    if home := next((p for p in path.parents if (p / ".git").exists()), None): raise SynapseError(f"The key file {path} lies in the git repository {home}; move it out.")
+    return path.read_text().strip()
+
+class WandbLog(_Tracker):
+    "Each row to Weights & Biases (needs the `wandb` package); `mode` is `offline` unless the environment variable WANDB_MODE or the caller says otherwise. The key: `wandb_key`."
+    run_ = None
+    def __init__(self, project: str, name: str | None = None, config: dict | None = None, folder=None, mode: str | None = None, many: bool = False):
+        super().__init__(folder, many)
+        self.name, self.kw = name, dict(project=project, config=config, dir=folder and str(folder), mode=mode or os.environ.get("WANDB_MODE", "offline"))
 
     def on_fit_start(self, run: Run):
         if not is_main(): return
         try: import wandb
         except ImportError: raise SynapseError("WandbLog needs the wandb package: pip install wandb.") from None
-        self.run_ = wandb.init(**self.kw)
+        if self.folder: self.folder.mkdir(parents=True, exist_ok=True)
+        if self.kw["mode"] == "online" and (key := wandb_key()): wandb.login(key=key, verify=False)
+        part = self._named(run)
+        self.run_ = wandb.init(name="/".join(filter(None, [self.name, part])) or None, reinit="finish_previous", **self.kw)
 
     def on_epoch_end(self, run: Run): self.run_ is not None and self.run_.log(run.row, step=run.epoch_idx)
     def on_fit_end(self, run: Run): self.run_ is not None and self.run_.finish()
 
-# %% ../../nbs/train/29_callbacks.ipynb #78b45c56
+@contextmanager
+def tracked(names, folder, project: str, config: dict | None = None):
+    "Every `fit` in this block also reports to these trackers (`tensorboard`, `wandb`), each into a folder of its own below `folder`."
+    made = {"tensorboard": lambda: TensorBoardLog(Path(folder) / "tensorboard", many=True), "wandb": lambda: WandbLog(project, Path(folder).name, config, Path(folder) / "wandb", many=True)}
+    logs = [made[n]() for n in names]
+    ALWAYS.extend(logs)
+    try: yield logs
+    finally:
+        for cb in logs: ALWAYS.remove(cb)
+
+# %% ../../nbs/train/29_callbacks.ipynb #c975bf51
 class GradientWatch(Callback):
-    "Stop with a `SynapseError` that names the batch when the gradient's norm is not finite or above `max_norm`. With `grad_clip` the norm is that after clipping."
+    "Stop with a `SynapseError` that names the batch when the gradient's norm is not finite or above `max_norm`; with `grad_clip` it is the norm before clipping."
     def __init__(self, max_norm: float = 1e4): self.max_norm = max_norm
 
     def on_gradients(self, run: Run):
-        norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+        norm = run.grad_norm if run.grad_clip else torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if norm <= self.max_norm or run.scaler.is_enabled() and not math.isfinite(norm): return        # fp16: the scaler skips such a step itself
-        index = run.batch.get("index") if isinstance(run.batch, dict) else None
-        rows = "" if index is None else f" (rows {', '.join(str(int(i)) for i in index[:8])}{', …' if len(index) > 8 else ''})"
-        raise SynapseError(f"The gradient's norm is {norm:.3g} at epoch {run.epoch_idx}, batch {run.batch_idx - 1}{rows}; look at these samples, set grad_clip=1 or lower the learning rate.")
+        raise SynapseError(f"The gradient's norm is {norm:.3g} at {run.where(run.batch_idx - 1)}; look at these samples, {'' if run.grad_clip else 'set grad_clip=1 or '}lower the learning rate.")
 
 class LoaderWatch(Callback):
-    "Say once, after a training epoch, when more than `share` of its time was spent waiting for batches."
-    def __init__(self, share: float = 0.3): self.share, self.said, self.before = share, False, {}
+    "Say once, after a training epoch, when more than `share` of its time was spent waiting for batches, and for which batch longest; stop with a `SynapseError` after a single wait of `stop_s` seconds."
+    def __init__(self, share: float = 0.3, stop_s: float = 600.0): self.share, self.stop_s, self.said, self.before = share, stop_s, False, {}
 
     def on_epoch_start(self, run: Run): self.before = dict(run.seconds)
+
+    def on_step_end(self, run: Run):
+        if run.waited[0] > self.stop_s: raise SynapseError(f"The loader needed {run.waited[0]:.0f} s for {run.where(run.waited[1])}; look at these samples, or at the disk they lie on.")
 
     def on_epoch_end(self, run: Run):
         wait, work = (run.seconds[k] - self.before.get(k, 0.0) for k in ("wait", "step"))
         if self.said or wait < 1.0 or wait < self.share * (wait + work): return
         self.said = True
-        log.warning("%.0f %% of the epoch was spent waiting for batches; use more loader workers (pick_workers measures them) or a faster store", 100 * wait / (wait + work))
+        log.warning("%.0f %% of the epoch was spent waiting for batches, up to %.2g s for batch %d%s; use more loader workers (pick_loading measures them) or a faster store", 100 * wait / (wait + work),
+                    *run.waited, rows_text(run.train.rows[run.waited[1]]) if run.train.rows else "")
 
 class Profile(Callback):
     "Write a table of the costliest operations of steps `first` to `last` to `path` (torch.profiler)."
@@ -331,20 +363,38 @@ class Profile(Callback):
             if is_main(): write_text(self.path, self.prof.key_averages().table(sort_by=by, row_limit=25))
             self.prof = None
 
-# %% ../../nbs/train/29_callbacks.ipynb #7922c768
-def pick_workers(loader, options=(0, 2, 4), seconds: float = 1.0, busy: float = 0.0) -> tuple[int, dict]:
+# %% ../../nbs/train/29_callbacks.ipynb #829f4f74
+def _rate(loader, seconds: float, busy: float = 0.0, **kw) -> float:
+    "Batches a second of one pass over the loader's batches, for about `seconds`."
+    from torch.utils.data import DataLoader
+    it = iter(DataLoader(loader.dataset, batch_sampler=list(loader.batch_sampler), collate_fn=loader.collate_fn, **kw))
+    first = time.perf_counter()
+    if next(it, None) is None: return math.inf
+    began, n = time.perf_counter(), 0                                                   # starting the workers is not the steady state
+    for _ in it:
+        time.sleep(busy); n += 1
+        if time.perf_counter() - began > seconds: break
+    return n / max(1e-9, time.perf_counter() - began) if n else 1 / max(1e-9, began - first)
+
+def pick_workers(loader, options=(0, 2, 4), seconds: float = 1.0, busy: float = 0.0, enough: float = math.inf) -> tuple[int, dict]:
     """The number of workers with the most batches a second, each measured for about `seconds` (fewer workers win within 10 %), and all rates.
 
-    `busy`: seconds of work to imitate for each batch. More workers than processors are not tried."""
-    from torch.utils.data import DataLoader
+    `busy`: seconds of work to imitate for each batch. More workers than processors are not tried, nor more than give `enough` batches a second."""
     rates = {}
     for w in sorted({o for o in options if o <= (os.cpu_count() or 1)} | {0}):
-        it = iter(DataLoader(loader.dataset, batch_sampler=list(loader.batch_sampler), collate_fn=loader.collate_fn, num_workers=w))
-        next(it)                                                                        # starting the workers is not the steady state
-        began, n = time.perf_counter(), 0
-        for _ in it:
-            time.sleep(busy); n += 1
-            if time.perf_counter() - began > seconds: break
-        rates[w] = n / max(1e-9, time.perf_counter() - began)
+        rates[w] = _rate(loader, seconds, busy, num_workers=w)
+        if rates[w] >= enough: break
     best = max(rates.values())
     return next(w for w in sorted(rates) if rates[w] >= 0.9 * best), rates
+
+def pick_loading(loader, n_epochs: int, device="cpu", seconds: float = 1.0, worth_s: float = 20.0) -> dict:
+    """`{num_workers, prefetch_factor, pin_memory}` for a training of `n_epochs` on `device`: measured for a few seconds.
+
+    No worker is tried when all batches of the training together load in `worth_s` seconds, nor more than there are processors beside those that compute. Memory is pinned for a GPU."""
+    device = torch.device(device)
+    spare = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - (torch.get_num_threads() if device.type == "cpu" else 0)
+    w, rates = pick_workers(loader, [o for o in (1, 2, 4, 8) if o <= spare], seconds, enough=len(loader) * n_epochs / worth_s)
+    kw = {"num_workers": w, "pin_memory": device.type == "cuda"}
+    if w: kw["prefetch_factor"] = 4 if _rate(loader, seconds, num_workers=w, prefetch_factor=4) > 1.1 * rates[w] else 2
+    log.info("loading: %s (%s batches/s)", kw, ", ".join(f"{k} workers {v:.0f}" for k, v in rates.items()))
+    return kw
