@@ -215,3 +215,15 @@ def test_the_simulated_study_gives_back_its_clocks(tmp_path):
         assert abs(np.median(err)) < 5e-4 and np.abs(err).max() < 2e-3
         assert p.alignment["delay"] == pytest.approx(float(z["delay"]), abs=5e-4)
         assert json.loads(Path(p.path).with_suffix(".json").read_text())["n_trials"] == len(ev)
+
+
+def test_the_command_takes_subjects_and_sessions(tmp_path, capsys):
+    from synapse_nb.apps.cli import main
+    for who, ses in (("01", "01"), ("01", "02"), ("02", "01")):
+        write_run(tmp_path / "study" / f"sub-{who}" / f"ses-{ses}" / "eeg", 1, n=12)
+        for p in (tmp_path / "study" / f"sub-{who}" / f"ses-{ses}" / "eeg").iterdir(): p.rename(p.with_name(p.name.replace("sub-01_", f"sub-{who}_ses-{ses}_")))
+    (tmp_path / "study" / "dataset_description.json").write_text("{}"); root, out = str(tmp_path / "study"), str(tmp_path / "store")
+    made = lambda: sorted("_".join(p.name.split("_")[:2]) for p in Path(out).glob("*.h5"))
+    assert main(["prepare", "bids", root, "--out", out, "--preset", "resample(250)", "--subjects", "01", "--sessions", "ses-2"]) == 0 and made() == ["sub-01_ses-02"]
+    assert main(["prepare", "bids", root, "--out", out, "--preset", "resample(250)", "--sessions", "01"]) == 0 and made() == ["sub-01_ses-01", "sub-01_ses-02", "sub-02_ses-01"]
+    assert main(["prepare", "bids", root, "--out", out, "--subjects", "02", "--sessions", "02"]) == 1 and "no session '02'; there are 01" in capsys.readouterr().err

@@ -276,7 +276,7 @@ def run_recipe(path, overrides=(), out="runs", force: bool = False, dry_run: boo
     if known and run.scores.exists(): print("run again with --force")
     return run
 
-# %% ../../nbs/train/80_recipes.ipynb #48b9f2a6
+# %% ../../nbs/train/80_recipes.ipynb #f49d476d
 def dry(conf) -> str:
     "What a recipe would do: its settings, recordings, windows, and the network with one batch through it."
     lines = [to_toml(conf), f"# id {config_id(conf)}"]
@@ -297,13 +297,14 @@ def dry(conf) -> str:
         lines += [f"# {conf.network.name}: windows ({n_chans}, {n_times}) -> {tuple(out.shape)}, {n_parameters(model):,} parameters, global batch {conf.train.batch_size}"]
     return "\n".join(lines)
 
-def run_prepare(study: str, root, out, preset: str | None = None, jobs: int = 1, subjects=None, force: bool = False) -> None:
+def run_prepare(study: str, root, out, preset: str | None = None, jobs: int = 1, subjects=None, sessions=None, force: bool = False) -> None:
     "`synapse prepare`: every recording of a study into the store, with the table of what was found. `preset`: a name of `data.preprocess.PRESETS` or a pipeline text."
-    from synapse_nb.studies.prepare import prepared_table
+    from synapse_nb.studies.prepare import of_sessions, prepared_table
     found, done = get_study(study, root), []
+    recs = of_sessions(found.find_recordings(subjects), sessions, found)
     for modality in ("meg", "eeg"):
-        if not found.find_recordings(subjects, modality): continue
+        if not (here := {r.session for r in recs if r.modality == modality}): continue
         text = PRESETS[preset].offline if preset in PRESETS else preset or getattr(SignalConf(), modality)
-        done += prepare(found, out, text, jobs=jobs, subjects=subjects, modality=modality, force=force, figure=True, skip_errors=True)
+        done += prepare(found, out, text, jobs=jobs, subjects=subjects, sessions=here, modality=modality, force=force, figure=True, skip_errors=True)
     if not done: raise SynapseError(f"{root}: the study '{study}' has no MEG or EEG recording.")
     print(prepared_table(done).to_string(index=False))
