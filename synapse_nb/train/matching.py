@@ -7,7 +7,7 @@ __all__ = ['ClipConf', 'train_clip', 'fit_low', 'embed_pictures', 'PretrainConf'
            'foreign_views', 'pretrain', 'MatchConf', 'picture_vectors', 'CategoryRidge', 'match_network', 'match',
            'fuse', 'match_protocol', 'match_scores']
 
-# %% ../../nbs/train/77_matching.ipynb #004a7d80
+# %% ../../nbs/train/77_matching.ipynb #398a3ee0
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +28,8 @@ from ..selfsup.mae import MAE, evaluate_mae, load_mae, mae_step, save_mae
 from ..selfsup.masking import min_block
 from ..stimuli.embed import ArrayDataset, clip_dataset, clip_step, embed_images, embed_texts, load_clip, make_tiny_clip
 from ..stimuli.images import make_pictures
-from .decoding import NetworkConf, SplitConf, TooFewTrials, cut_windows, make_splits
-from .stages import ChannelScale, Prepared, Recipe, SignalConf, StudyConf, TrainConf, View, WindowConf, run_model, train_model
+from .decoding import NetworkConf, TooFewTrials, cut_windows, make_splits
+from .stages import ChannelScale, OnWindows, Prepared, Recipe, StudyConf, TrainConf, View, run_model, train_model
 
 # %% ../../nbs/train/77_matching.ipynb #c575fe84
 class ClipConf(Recipe):
@@ -78,16 +78,12 @@ def embed_pictures(encoder: str, images, cache_dir=None) -> np.ndarray:
     if not low.exists(): return z
     with np.load(low) as f: return _unit_rows(np.concatenate([z, (_thumbnails(images) - f["mean"]) @ f["components"]], 1)).astype(np.float32)
 
-# %% ../../nbs/train/77_matching.ipynb #9f78cf3e
-class PretrainConf(Recipe):
+# %% ../../nbs/train/77_matching.ipynb #b344f973
+class PretrainConf(OnWindows):
     """A masked autoencoder on all persons' training windows of each modality. `f_max` (Hz): blocks are longer than its period.
 
     `n_train`: so many training windows of a modality in all, shared equally between persons and `foreign` studies (their windows are trained on, never tested)."""
     kind: Literal["pretrain"] = "pretrain"
-    study: StudyConf = StudyConf()
-    signal: SignalConf = SignalConf()
-    window: WindowConf = WindowConf()
-    split: SplitConf = SplitConf()
     preset: str = "tiny"
     patch: int = 4
     mask_ratio: float = 0.5
@@ -156,14 +152,10 @@ def pretrain(prepared: Prepared, conf: PretrainConf, folder, foreign=()) -> dict
         out[modality] = {"history": list(history), "masked": evaluate_mae(model, some("test", 200), train=some("train", 500), seed=conf.seed), "n_train": len(sides["train"])}
     return out
 
-# %% ../../nbs/train/77_matching.ipynb #0200b42d
-class MatchConf(Recipe):
+# %% ../../nbs/train/77_matching.ipynb #e0299253
+class MatchConf(OnWindows):
     "Brain windows to image embeddings. `encoder`: the image encoder (folder or id); `network`: of the zoo; with `pretrained` (folder of a pretrain run) its encoder is tried beside it."
     kind: Literal["match"] = "match"
-    study: StudyConf = StudyConf()
-    signal: SignalConf = SignalConf()
-    window: WindowConf = WindowConf()
-    split: SplitConf = SplitConf()
     encoder: str = ""
     pretrained: Path | None = None
     network: NetworkConf = NetworkConf()
