@@ -107,10 +107,11 @@ def _adopt(folder: Path, conf, states: Path) -> None:
     shutil.copytree(states, folder/"checkpoints")
     write_text(folder/"id.txt", config_id(conf) + "\n")
 
-# %% ../../nbs/train/82_tune.ipynb #9a9f91fe
+# %% ../../nbs/train/82_tune.ipynb #28654a6f
 def need_ray():
     "The `ray` module. Raises `SynapseError` when it is not installed."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0"); os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0"); os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")                                 # a process is handed to the next trial once the last one has closed its run folder
     try: import ray, ray.tune; return ray
     except ImportError: raise SynapseError("The search needs Ray: pip install 'synapse_nb[tune]' (or pip install 'ray[tune,train]' ConfigSpace hpbandster GPy).") from None
 
@@ -167,7 +168,7 @@ def _ranks_loop(conf: dict) -> None:
     last = run_trial(conf["values"], conf["spec"], conf["name"], lambda row, folder=None: train.report(row))
     train.report({**last, "ended": True})
 
-# %% ../../nbs/train/82_tune.ipynb #aa96c69f
+# %% ../../nbs/train/82_tune.ipynb #56347251
 def search(recipe, space, n_trials: int = 8, out="runs", overrides=(), cpus: float = 1, gpus: float = 0, ranks: int = 1, concurrent: int = 0, seed: int = 0) -> pd.DataFrame:
     """Search `space` (a file) around `recipe`; returns the trials, best first, and writes `trials.tsv` and `best.toml` to `<out>/<recipe>-tune`. The same call again goes on where it stopped.
 
@@ -181,8 +182,10 @@ def search(recipe, space, n_trials: int = 8, out="runs", overrides=(), cpus: flo
     write_text(folder/"space.toml", to_toml(conf))
     started = not ray.is_initialized()
     if started: ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False, object_store_memory=200_000_000)
-    try: table = _table(_tuner(conf, spec, n_trials, folder, concurrent, seed).fit(), conf)
+    try: results = _tuner(conf, spec, n_trials, folder, concurrent, seed).fit()
     finally: started and ray.shutdown()
+    if results.num_terminated + results.num_errors < len(results): raise KeyboardInterrupt("The search was stopped; the same command goes on with it.")       # Ray swallows a Ctrl-C
+    table = _table(results, conf)
     return _write(table, conf, recipe, overrides, folder)
 
 def _first(spec: dict): return next(iter(spec.values()))[0]
@@ -197,7 +200,7 @@ def _tuner(conf: SpaceConf, spec: dict, n_trials: int, folder: Path, concurrent:
     scheduler, searcher = _engine(conf, seed)
     np.random.seed(seed)
     return tune.Tuner(trainable, param_space=_domains(conf),
-                      tune_config=tune.TuneConfig(metric=conf.metric, mode=conf.better, num_samples=n_trials, scheduler=scheduler, search_alg=searcher, max_concurrent_trials=concurrent or None),
+                      tune_config=tune.TuneConfig(metric=conf.metric, mode=conf.better, num_samples=n_trials, scheduler=scheduler, search_alg=searcher, max_concurrent_trials=concurrent or None, reuse_actors=spec["ranks"] == 1),      # a process starts in 10 s, an epoch may take 1
                       run_config=tune.RunConfig(name="search", storage_path=str(folder.absolute()/"ray"), verbose=0, stop={"epoch": conf.max_epochs, **conf.stop},
                                                 checkpoint_config=tune.CheckpointConfig(num_to_keep=None if conf.scheduler == "pb2" else 2)))       # PB2 may copy from an old one
 
@@ -246,16 +249,25 @@ def _paired(modality: str, a: pd.DataFrame, b: pd.DataFrame) -> dict:
     c = compare_models(cells["best"].to_numpy(), cells["default"].to_numpy())
     return {"modality": modality, "default": ha.mean(), "best": hb.mean(), "difference": c.difference, "ci_low": c.ci_low, "ci_high": c.ci_high, "p": c.p, "n_trials": len(ha), "n_pictures": rows["item"].nunique()}
 
-# %% ../../nbs/train/82_tune.ipynb #7f3e2d9e
+# %% ../../nbs/train/82_tune.ipynb #d8e868bd
+def _up_to(values: dict, spec: dict, name: str, n_epochs: float) -> dict:
+    "The standing of a recipe after so many rows, wherever it stands then."
+    class Enough(Exception): pass
+    def report(row, folder=None):
+        if row["epoch"] >= n_epochs: raise Enough
+    try: return run_trial(values, spec, name, report)
+    except Enough: rows = pd.read_csv(Path(spec["folder"])/"trials"/name/"metrics.csv").head(int(n_epochs))
+    return standing({k: t.to_dict("records") for k, t in rows.groupby("training")}, spec["metric"], spec["mode"])
+
 def full_ranking(recipe, space, table: pd.DataFrame, out="runs", overrides=(), k: int = 6) -> dict:
-    "The best `k` trials of a search on a subset, run again on all of the training trials: Spearman's rank correlation of the two rankings, and n."
+    "The first `k` trials of a search on a subset, run again on all of the training trials for as many epochs as there (to their own end, where they ended): Spearman's rank correlation of the two rankings, and n."
     from scipy.stats import spearmanr
     conf, base = load_space(space), load_recipe(recipe, overrides)
-    part = table[table["state"] == "ended"].head(k)
-    if len(part) < 3: raise SynapseError(f"Only {len(part)} trial(s) of the search ran to their end; a ranking needs 3.")
+    part = table[table["state"] != "failed"].head(k)
+    if len(part) < 3: raise SynapseError(f"Only {len(part)} trial(s) of the search gave a value; a ranking needs 3.")
     folder = Path(out)/f"{base.name}-tune"
     spec = {"cwd": os.getcwd(), "recipe": str(recipe), "set": list(overrides), "out": str(out), "folder": str(folder), "metric": conf.metric, "mode": conf.better, "subset": 1.0}
-    full = [run_trial({c: r[c] for c in conf.space}, spec, f"full-{r['trial']}", lambda *a: None)[conf.metric] for _, r in part.iterrows()]
+    full = [_up_to({c: r[c] for c in conf.space}, spec, f"full-{r['trial']}", np.inf if r["state"] == "ended" else r["epochs"])[conf.metric] for _, r in part.iterrows()]
     rho = float(spearmanr(part[conf.metric], full).statistic)
     return {"rho": rho, "n": len(part), "subset": conf.subset, "trials": part["trial"].tolist(), "on_subset": part[conf.metric].tolist(), "on_all": full}
 
