@@ -1,5 +1,8 @@
 """THINGS-EEG and THINGS-MEG end to end: folders in their owners' shape, written here, into the store; each signal spells its own trial."""
+import pickle
 import shutil
+import subprocess
+import sys
 
 import mne
 import numpy as np
@@ -119,3 +122,45 @@ def test_an_unknown_file_is_not_a_recording(tmp_path):
     (tmp_path / "sub-01_task-rsvp_eeg.vhdr").write_text("Brain Vision Data Exchange Header File Version 1.0\n")
     with pytest.raises(SynapseError): read_raw(tmp_path / "sub-01_task-rsvp_eeg.vhdr")
     assert mne.__version__
+
+
+# ---- long arrays stay on the disk ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", ["np.save", 2, 3, 4, 5])
+def test_pickled_arrays_are_not_read_whole(tmp_path, form):
+    "Whatever wrote the dictionary: the same numbers, mapped instead of read, in both orders of memory; cut short is said."
+    from synapse_nb.studies.things_eeg2 import read_pickled
+    r = np.random.default_rng(0)
+    d = {"a": r.normal(size=(20, 5000)), "b": np.asfortranarray(r.normal(size=(300, 200))), "names": ["Oz", "Pz"], "arr": np.array(["x", "yy"]), "few": np.arange(4), "n": np.float64(2.5), "o": np.array(["a", None], dtype=object)}
+    path = tmp_path / "x.npy"
+    if form == "np.save": np.save(path, d, allow_pickle=True)
+    else: path.write_bytes(pickle.dumps(d, protocol=form))
+    got = read_pickled(path, ("a",))
+    assert all(np.array_equal(got[k], d[k]) for k in d)
+    assert form == 2 or isinstance(got["a"], np.memmap) and isinstance(got["b"], np.memmap)
+    path.write_bytes(path.read_bytes()[:-300_000])
+    with pytest.raises(SynapseError, match="x.npy cannot be read"): read_pickled(path)
+
+
+def test_a_long_session_is_read_in_blocks(tmp_path):
+    "THINGS-EEG2: 170 MB in the file, about half of that in memory to prepare it (blocks, and what is imported on the way); as ready arrays alike."
+    code = """
+import sys, threading, time; from synapse_nb.studies.study import get_study; from synapse_nb.studies.prepare import prepare
+rss = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))/1024
+study = get_study(sys.argv[1], sys.argv[2]); rec = study.find_recordings()[0]
+from synapse_nb.data.preprocess import Pipeline; import mne, scipy.signal, pandas
+before, most, on = rss(), 0, True
+def watch():
+    global most
+    while on: most = max(most, rss() - before); time.sleep(.002)
+t = threading.Thread(target=watch); t.start(); ready = prepare(study, sys.argv[3], "clamp(1)", progress=False); on = False; t.join(); print(len(ready), ready[0].n_trials, int(most))
+"""
+    from synapse_nb.studies.instances import write_instance
+    write_instance("things_eeg2", tmp_path / "study")
+    for p in (tmp_path / "study").glob("sub-01/ses-0[234]/*.npy"): p.unlink()
+    big = tmp_path / "study/sub-01/ses-01/raw_eeg_training.npy"; d = np.load(big, allow_pickle=True).item(); n = len(d["raw_eeg_data"])
+    d["raw_eeg_data"] = np.concatenate([d["raw_eeg_data"], np.zeros((n, 21_000_000 // n - d["raw_eeg_data"].shape[1]))], 1); np.save(big, d, allow_pickle=True); del d
+    assert big.stat().st_size > 160e6
+    for name in ("things_eeg2", "things_eeg2_epochs"):
+        out = subprocess.run([sys.executable, "-c", code, name, str(tmp_path / "study"), str(tmp_path / name)], capture_output=True, text=True, check=True).stdout.split()
+        assert int(out[0]) == 2 and int(out[2]) < 90, out

@@ -6,33 +6,78 @@
 __all__ = ['TARGET', 'REPEATS', 'read_pickled', 'read_images', 'pickled_raw', 'code_onsets', 'eeg2_events', 'ThingsEEG2',
            'ThingsEEG2Epochs', 'session_whitener']
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #142b1daf
+# %% ../../nbs/studies/37_things_eeg2.ipynb #26825da4
 import io
+import os
 import pickle
 import re
+import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ..core import SynapseError, check_file, log
-from ..data.raw import _set_montage
+from ..data.raw import _set_montage, array_raw
 from ..data.splits import Split
 from ..data.windows import EEG17, Windows, fit_whitener
 from .study import Recording, Study, check_study, register_study
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #3ae4c404
+# %% ../../nbs/studies/37_things_eeg2.ipynb #a7842157
 _PLAIN = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict"), ("builtins", "bytearray"), ("builtins", "complex"),
           *((f"numpy.{core}.{mod}", name) for core in ("core", "_core") for mod, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")))}
 
-class _ArraysOnly(pickle.Unpickler):
-    "An unpickler for dictionaries of arrays, numbers and text; anything that would run code is refused."
-    def find_class(self, module, name):
-        if (module, name) in _PLAIN: return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which no recording needs")
+class _OnDisk(NamedTuple):
+    "A long run of bytes that stayed in the file."
+    offset: int
+    n: int
 
+class _Array:
+    "An array on its way out of a pickle; its bytes may have stayed in the file."
+    def __init__(self, *_): pass
+    def __setstate__(self, state): *_, self.shape, self.dtype, self.fortran, self.raw = state
+    def finished(self, path) -> np.ndarray:
+        order = "F" if self.fortran else "C"
+        if isinstance(self.raw, _OnDisk):
+            if np.prod(self.shape, dtype=int)*self.dtype.itemsize != self.raw.n: raise ValueError(f"an array {self.shape} of {self.dtype} in {self.raw.n} bytes")
+            return np.memmap(path, self.dtype, "r", self.raw.offset, tuple(self.shape), order)
+        if isinstance(self.raw, list): out = np.empty(len(self.raw), object); out[:] = [_finished(v, path) for v in self.raw]
+        else: out = np.frombuffer(self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw, self.dtype).copy()
+        return out.reshape(self.shape, order=order)
+
+def _finished(v, path):
+    "Arrays in place of what stood for them."
+    if isinstance(v, _Array): return v.finished(path)
+    if isinstance(v, dict): return {k: _finished(x, path) for k, x in v.items()}
+    return type(v)(_finished(x, path) for x in v) if isinstance(v, (list, tuple)) and not isinstance(v, _OnDisk) else v
+
+def _from_buffer(raw, dtype, shape, order):
+    out = _Array(); out.__setstate__((tuple(shape), dtype, order == "F", raw)); return out
+
+# %% ../../nbs/studies/37_things_eeg2.ipynb #0bb44612
+class _ArraysOnly(pickle._Unpickler):
+    "An unpickler for dictionaries of arrays, numbers and text, which leaves long runs of bytes in the file; anything that would run code is refused."
+    dispatch, long = dict(pickle._Unpickler.dispatch), 1 << 16
+    def __init__(self, file): super().__init__(file); self.file, self.size = file, os.fstat(file.fileno()).st_size
+
+    def find_class(self, module, name):
+        if (module, name) not in _PLAIN: raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which no recording needs")
+        return {"_reconstruct": _Array, "_frombuffer": _from_buffer}.get(name) or super().find_class(module, name)
+
+    def _bytes(self, form: str, make=bytes):
+        n, = struct.unpack(form, self.read(struct.calcsize(form)))
+        frame = self._unframer.current_frame
+        if n < self.long or (frame is not None and frame.tell() < len(frame.getbuffer())): return self.append(make(self.read(n)))
+        at = self.file.tell()
+        if at + n > self.size: raise EOFError(f"{at + n - self.size} bytes are missing")
+        self.file.seek(n, 1); self.append(_OnDisk(at, n))
+
+for _op, _how in ((pickle.BINBYTES, ("<I",)), (pickle.BINBYTES8, ("<Q",)), (pickle.BYTEARRAY8, ("<Q", bytearray))): _ArraysOnly.dispatch[_op[0]] = lambda self, how=_how: self._bytes(*how)
+
+# %% ../../nbs/studies/37_things_eeg2.ipynb #6d6c1fd1
 def read_pickled(path, need=()) -> dict:
-    "The dictionary in a pickled `.npy` file (saved by `np.save`, or a bare pickle under that name). Raises `SynapseError` for a damaged file, for one that would run code, and when a key of `need` is missing."
+    "The dictionary in a pickled `.npy` file (saved by `np.save`, or a bare pickle under that name); long arrays are memory maps, read when they are used. Raises `SynapseError` for a damaged file, for one that would run code, and when a key of `need` is missing."
     path = check_file(path, "array file")
     try:
         with open(path, "rb") as f:
@@ -40,9 +85,9 @@ def read_pickled(path, need=()) -> dict:
                 f.seek(0); version = np.lib.format.read_magic(f)
                 shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(f)
                 if dtype != object or shape != (): raise ValueError(f"it holds an array {shape} of {dtype}, not a dictionary")
-                out = _ArraysOnly(f).load().item()
-            else: f.seek(0); out = _ArraysOnly(f).load()
-    except (pickle.UnpicklingError, ValueError, EOFError, KeyError, IndexError, AttributeError, UnicodeDecodeError, MemoryError) as e:
+                out = _finished(_ArraysOnly(f).load(), path).item()
+            else: f.seek(0); out = _finished(_ArraysOnly(f).load(), path)
+    except (pickle.UnpicklingError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError, struct.error, UnicodeDecodeError, MemoryError) as e:
         raise SynapseError(f"{path} cannot be read as a dictionary of arrays ({str(e)[:120] or type(e).__name__}); if it is cut short, fetch it again.") from None
     if not isinstance(out, dict): raise SynapseError(f"{path} holds a {type(out).__name__}, not a dictionary.")
     if lost := [k for k in need if k not in out]: raise SynapseError(f"{path} has no {lost[0]!r}; it has {', '.join(map(str, out))}.")
@@ -75,17 +120,18 @@ def _listed_images(root: Path) -> dict[str, list[str]]:
     if not all(out.values()): raise SynapseError(f"{root} has neither image_metadata.npy nor the folders training_images and test_images: nothing says which picture a trigger code means; fetch image_metadata.npy.")
     return out
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #14623f73
+# %% ../../nbs/studies/37_things_eeg2.ipynb #5d5b903f
 def pickled_raw(path):
     "A session as `mne.io.RawArray`: V, the trigger line as `TRIG` of type `stim`, 10-10 positions. Arrays in µV are told by their size and scaled. Raises `SynapseError` naming the file."
     import mne
-    d = read_pickled(path, ("raw_eeg_data", "ch_names", "sfreq")); x, names = np.asarray(d["raw_eeg_data"], float), [str(c) for c in d["ch_names"]]
-    if x.ndim != 2 or len(x) != len(names): raise SynapseError(f"{path}: an array of shape {x.shape} for {len(names)} channel names; channels × samples are needed.")
+    d = read_pickled(path, ("raw_eeg_data", "ch_names", "sfreq")); x, names = d["raw_eeg_data"], [str(c) for c in d["ch_names"]]
+    if np.ndim(x) != 2 or len(x) != len(names): raise SynapseError(f"{path}: an array of shape {np.shape(x)} for {len(names)} channel names; channels × samples are needed.")
     types = [str(t) for t in d["ch_types"]] if "ch_types" in d else ["stim" if c.lower().startswith("sti") else "eeg" for c in names]
     if "stim" not in types: raise SynapseError(f"{path} has no trigger line (type 'stim'): nothing says when the pictures came.")
-    names = ["TRIG" if t == "stim" and c.lower() == "stim" else c for c, t in zip(names, types)]; eeg, notes = np.array(types) == "eeg", []      # MNE takes a channel called "stim" for the type
-    if eeg.any() and np.median(x[eeg].std(1)) > 1e-2: x[eeg] *= 1e-6; notes.append("the array is in µV and was scaled to V")
-    raw = mne.io.RawArray(x, mne.create_info(names, float(d["sfreq"]), types), copy="auto", verbose="ERROR"); _set_montage(raw); raw.synapse_notes = notes
+    names = ["TRIG" if t == "stim" and c.lower() == "stim" else c for c, t in zip(names, types)]; eeg = np.array(types) == "eeg"      # MNE takes a channel called "stim" for the type
+    some = np.concatenate([x[:, a:a + 2000] for a in np.unique(np.linspace(0, max(0, x.shape[1] - 2000), 10).astype(int))], 1); micro = eeg.any() and np.median(some[eeg].std(1)) > 1e-2
+    raw = array_raw(x, mne.create_info(names, float(d["sfreq"]), types), np.where(eeg & micro, 1e-6, 1.)); _set_montage(raw)
+    raw.synapse_notes = ["the array is in µV and was scaled to V"] if micro else []
     return raw
 
 def code_onsets(line) -> tuple[np.ndarray, np.ndarray]:
@@ -153,12 +199,12 @@ def _labels(root: Path, categories) -> dict | None:
     matrix = find_things(root, None, categories)[1]
     return None if matrix is None else label_concepts(matrix).to_dict()
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #221a28c3
+# %% ../../nbs/studies/37_things_eeg2.ipynb #d2b181ff
 @register_study("things_eeg2")
 class ThingsEEG2(_EEG2):
     """THINGS-EEG2 raw (Gifford et al. 2022, doi:10.1016/j.neuroimage.2022.119754): 10 people × 4 sessions, 63 electrodes at 1000 Hz, SOA 200 ms; one recording a session and part.
 
-    `channels="eeg17"` (or a list) picks electrodes; `keep_targets` keeps the target trials; `categories`: the THINGS category table when it is not below `root`; `images`: the folder of pictures. A session is one pickle and is read whole (about 2 GB)."""
+    `channels="eeg17"` (or a list) picks electrodes; `keep_targets` keeps the target trials; `categories`: the THINGS category table when it is not below `root`; `images`: the folder of pictures. A session is one pickle of about 2 GB; its samples are read block by block."""
     def __init__(self, root, channels=None, keep_targets: bool = False, **kw):
         super().__init__(root, channels, keep_targets=keep_targets, **kw); self.keep_targets, self._codes = keep_targets, {}
 
@@ -181,13 +227,22 @@ class ThingsEEG2(_EEG2):
         if rec.key not in self._codes: self.read_raw(rec)
         return self._labelled(eeg2_events(rec, *self._codes[rec.key], self.names[rec.task], self._size[rec.key][0], self.keep_targets))
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #6f9d7811
+# %% ../../nbs/studies/37_things_eeg2.ipynb #4e99ee6b
 def _ready_arrays(path: Path, names: list[str]) -> dict:
     "The dictionary of a ready file, its shape held to its channels, times and the pictures' list."
-    d = read_pickled(path, ("preprocessed_eeg_data", "ch_names", "times")); x = d["preprocessed_eeg_data"] = np.asarray(d["preprocessed_eeg_data"]); n = len(d["ch_names"])
+    d = read_pickled(path, ("preprocessed_eeg_data", "ch_names", "times")); x = d["preprocessed_eeg_data"]; n = len(d["ch_names"])
     if x.ndim != 4 or x.shape[2] not in (n, n - 1) or x.shape[3] != len(d["times"]): raise SynapseError(f"{path}: an array of shape {x.shape} for {n} channels and {len(d['times'])} times; (pictures, repeats, channels, samples) are needed.")
     if len(x) != len(names): raise SynapseError(f"{path}: {len(x)} pictures, image_metadata.npy lists {len(names)}; they do not belong together.")
     return d
+
+# %% ../../nbs/studies/37_things_eeg2.ipynb #42f279fe
+class _EndToEnd:
+    "An array (pictures, repeats, channels, samples) seen as (channels, time), one trial after the other."
+    def __init__(self, x): self.x = x; self.shape = (x.shape[2], x.shape[0]*x.shape[1]*x.shape[3])
+    def __getitem__(self, key):
+        (rows, cols), m, k = key, self.x.shape[1], self.x.shape[3]
+        first, last = cols.start//k, -(-cols.stop//k); trials = np.stack([self.x[i//m, i % m] for i in range(first, last)], 1).reshape(self.shape[0], -1)
+        return trials[rows, cols.start - first*k:cols.stop - first*k]
 
 # %% ../../nbs/studies/37_things_eeg2.ipynb #929c9d78
 class _Arrays(_EEG2):
@@ -201,7 +256,7 @@ class _Arrays(_EEG2):
         d = self._array(rec.path); a = (int(rec.run) - 1)*self.block; x = d["preprocessed_eeg_data"][a:a + self.block]
         return x, a, [str(c) for c in d["ch_names"]][:x.shape[2]], np.asarray(d["times"], float)
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #a69287ac
+# %% ../../nbs/studies/37_things_eeg2.ipynb #2019a3f9
 @register_study("things_eeg2_epochs")
 class ThingsEEG2Epochs(_Arrays):
     """THINGS-EEG2 as ready arrays `preprocessed_eeg_{training,test}.npy` (pictures, repeats, channels, samples), 250 Hz or whatever `times` says. A recording is `block` pictures, all repeats of each, end to end.
@@ -226,7 +281,7 @@ class ThingsEEG2Epochs(_Arrays):
     def read_raw(self, rec: Recording):
         import mne
         x, _, names, times = self._cut(rec); sfreq = round((len(times) - 1)/(times[-1] - times[0]), 3)
-        raw = mne.io.RawArray(np.asarray(x, float).reshape(-1, *x.shape[2:]).transpose(1, 0, 2).reshape(len(names), -1), mne.create_info(names, sfreq, "eeg"), copy="auto", verbose="ERROR")
+        raw = array_raw(_EndToEnd(x), mne.create_info(names, sfreq, "eeg"))
         _set_montage(raw); raw.synapse_notes = []
         return self._picked(raw, rec)
 
