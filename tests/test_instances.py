@@ -218,3 +218,23 @@ def test_a_film_is_heard_on_the_recordings_clock(tmp_path):
     ev = sound_events(study, rec); assert len(ev) >= 4 and np.abs(ev.onset - first - np.round(ev.onset - first)).max() < .055      # a tone begins with every second of the film
     heard = film_sound(study, study.read_events(rec), 0., .4)(study.read_events(rec)); assert heard.shape == (5, 1, 8) and np.isfinite(heard).all()
     with pytest.raises(SynapseError, match="has no column 'pitch'"): film_sound(study, study.read_events(rec), columns=["pitch"])
+
+
+def test_f_arrays_are_read_by_blocks(tmp_path):
+    "An array F of MATLAB v7.3, channels or samples first, stays in its file; of v5 it is the same recording."
+    import h5py
+    import scipy.io
+    from synapse_nb.data.raw import H5Rows
+    from synapse_nb.studies.god import f_array_raw
+    x = np.random.default_rng(0).normal(size=(6, 900))
+    for name, a in (("first", x.T), ("last", x)):
+        with h5py.File(tmp_path / f"{name}.mat", "w") as f: f["F"] = a; f["other"] = np.zeros((1, 3))
+    scipy.io.savemat(tmp_path / "five.mat", {"F": x.astype(np.float32), "note": "x"})
+    for name in ("first", "last", "five"):
+        raw = f_array_raw(tmp_path / f"{name}.mat", 4, unit=1e-15)
+        assert np.allclose(raw.get_data(), x * np.r_[[1e-15] * 4, 1, 1][:, None], rtol=1e-6) and raw.get_channel_types() == ["mag"] * 4 + ["misc"] * 2
+        assert np.allclose(raw.get_data([3, 5], 100, 130), x[[3, 5], 100:130] * [[1e-15], [1]], rtol=1e-6)
+        assert name == "five" or isinstance(raw._raw_extras[0]["x"], H5Rows) and not raw.preload
+    with pytest.raises(SynapseError, match="first.mat: no array F of at least 160 channels; its arrays: F .6, 900."): f_array_raw(tmp_path / "first.mat")
+    (tmp_path / "cut.mat").write_bytes((tmp_path / "first.mat").read_bytes()[:3000])
+    with pytest.raises(SynapseError, match="cut.mat cannot be read as MATLAB"): f_array_raw(tmp_path / "cut.mat")

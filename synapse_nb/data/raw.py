@@ -259,10 +259,10 @@ def _read_brainvision(path, preload=False, **kw):
     if not head.exists(): raise SynapseError(f"{path} needs its header {head.name} beside it; copy the three files .vhdr, .vmrk and .eeg together.")
     return read_raw_brainvision(str(head), preload=preload, verbose="ERROR", **kw)
 
-# %% ../../nbs/data/10_raw.ipynb #ddce7e82
+# %% ../../nbs/data/10_raw.ipynb #1257138b
 class H5Rows:
-    "A dataset (n_times, n_channels) of an HDF5 file, as MATLAB's v7.3 keeps an array (n_channels, n_times): seen as the latter, read by slices of time."
-    def __init__(self, path, name: str): self.path, self.name, self._d = Path(path), name, None; self.shape = self._dataset().shape[::-1]
+    "A dataset of an HDF5 file seen as (n_channels, n_times) and read by slices of time. It lies there as (n_times, n_channels), as MATLAB's v7.3 keeps such an array; `turned`: as (n_channels, n_times)."
+    def __init__(self, path, name: str, turned: bool = False): self.path, self.name, self.turned, self._d = Path(path), name, turned, None; self.shape = self._dataset().shape[::1 if turned else -1]
     def __getstate__(self): return {**self.__dict__, "_d": None}
     def _dataset(self):
         import h5py
@@ -270,7 +270,7 @@ class H5Rows:
         return self._d
     def __getitem__(self, key):
         rows, cols = key
-        return self._dataset()[cols].T[rows]
+        return self._dataset()[:, cols][rows] if self.turned else self._dataset()[cols].T[rows]
 
 @lru_cache(1)
 def _array_raw():
