@@ -360,7 +360,7 @@ def _do_robust_scale(flow, fitted=None):
     mid, width = fitted
     return flow.map(lambda b: ((b - mid)/width).astype(np.float32))
 
-# %% ../../nbs/data/14_preprocess.ipynb #4198a0f8
+# %% ../../nbs/data/14_preprocess.ipynb #38b923e5
 def _chunks_of(flow, n: int = 20, seconds: float = 2.) -> list:
     "`n` stretches (n_channels, seconds) of a flow, spread evenly over it."
     size = max(8, min(round(seconds*flow.sfreq), flow.n_times))
@@ -373,6 +373,7 @@ def _chunks_of(flow, n: int = 20, seconds: float = 2.) -> list:
         at += b.shape[1]
     return [np.concatenate(p, 1) for p in parts if p]
 
+# %% ../../nbs/data/14_preprocess.ipynb #837caaad
 def _outliers(v, limit: float, floor: float):
     "Signed robust z-scores beyond the limit; a difference below `limit*floor` never counts."
     d = v - np.median(v)
@@ -391,6 +392,7 @@ def unlike_others(chunks, limit: float = 5.) -> dict[int, str]:
         for i in live[bad]: why.setdefault(int(i), name)
     return why
 
+# %% ../../nbs/data/14_preprocess.ipynb #c1fe6f1f
 def _fit_find_bads(flow, limit=5.):
     "Names of the channels that are unlike the others of their type."
     chunks, names = _chunks_of(flow), flow.info["ch_names"]
@@ -505,7 +507,7 @@ class Stream:
             if not np.isfinite(b).all(): check_finite(b.T, "The preprocessed recording", self.info["ch_names"])
             yield b
 
-# %% ../../nbs/data/14_preprocess.ipynb #e9411532
+# %% ../../nbs/data/14_preprocess.ipynb #7ddbd34a
 class _Text:
     "Steps, and the text that they are."
     def __init__(self, steps: tuple): self.steps = tuple(steps)
@@ -517,6 +519,7 @@ class _Text:
     def __eq__(self, other): return type(other) is type(self) and self.text == other.text
     def __hash__(self): return hash(self.text)
 
+# %% ../../nbs/data/14_preprocess.ipynb #238c1c7d
 class _Flowing(_Text):
     "A pipeline as a chain of streams."
     def _flow(self, raw, picks, upto: int, fitted: dict, jobs: int, notes: list) -> _Flow:
@@ -660,7 +663,14 @@ def _robust(x):
         lo, mid, hi = (s[..., [round(q*(x.shape[-1] - 1))]] for q in (.25, .5, .75))
     return (x - mid)/(hi - lo + 1e-37)
 
-# %% ../../nbs/data/14_preprocess.ipynb #b0a8ebf6
+# %% ../../nbs/data/14_preprocess.ipynb #0c4b7643
+def _part(x, s: Step, sfreq, tmin): return x[..., _span(s.args, x.shape[-1], sfreq, tmin, s.text)]
+
+_WINDOW_DO = {"baseline": lambda x, s, *at: x - _part(x, s, *at).mean(-1, keepdims=True), "demean": lambda x, *_: x - x.mean(-1, keepdims=True),
+              "zscore": lambda x, *_: _unit(x, x), "zscore_baseline": lambda x, s, *at: _unit(x, _part(x, s, *at)), "robust": lambda x, *_: _robust(x),
+              "average_reference": lambda x, *_: x - x.mean(-2, keepdims=True), "scale": lambda x, s, *_: x*s.args[0], "clamp": lambda x, s, *_: x.clip(-s.args[0], s.args[0])}
+
+# %% ../../nbs/data/14_preprocess.ipynb #cccd3d81
 class WindowPipeline(_Text):
     """What is done to each window, from a text: `WindowPipeline.parse('baseline(-0.1,0)|zscore|clamp(12)')`.
 
@@ -694,16 +704,8 @@ class WindowPipeline(_Text):
     def apply(self, x, sfreq: float, tmin: float):
         "The steps on `x` (…, n_channels, n_times), which starts `tmin` s after the onset; returns a new array or tensor."
         for s in self.steps:
-            n = x.shape[-1]
-            if s.name == "baseline": x = x - x[..., _span(s.args, n, sfreq, tmin, s.text)].mean(-1, keepdims=True)
-            elif s.name == "zscore_baseline": x = _unit(x, x[..., _span(s.args, n, sfreq, tmin, s.text)])
-            elif s.name == "zscore": x = _unit(x, x)
-            elif s.name == "demean": x = x - x.mean(-1, keepdims=True)
-            elif s.name == "robust": x = _robust(x)
-            elif s.name == "average_reference": x = x - x.mean(-2, keepdims=True)
-            elif s.name == "scale": x = x*s.args[0]
-            elif s.name == "clamp": x = x.clip(-s.args[0], s.args[0])
+            if s.name in _WINDOW_DO: x = _WINDOW_DO[s.name](x, s, sfreq, tmin)
             else:
-                cut = self._cut(s, n, sfreq, tmin)
+                cut = self._cut(s, x.shape[-1], sfreq, tmin)
                 x, tmin = x[..., cut], tmin + cut.start/sfreq
         return x

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from ..core import SynapseError, check_columns, read_json, rng, suggest, text_hash, write_json
 
-# %% ../../nbs/data/16_splits.ipynb #7124afda
+# %% ../../nbs/data/16_splits.ipynb #8549aba3
 @dataclass(frozen=True)
-class Split:
-    "Trial ids of three sides, what the sides share none of (`by`), how it was made. Frozen; `.id` is the hash of its content."
+class _Sides:
+    "Trial ids of three sides."
     train: tuple
     val: tuple
     test: tuple
@@ -49,6 +49,11 @@ class Split:
         if len(out) < len(want): raise SynapseError(f"{len(want) - len(out)} trials of the split's {side} side are not in the events, e.g. '{sorted(want - set(out['trial_id']))[0]}'.")
         return out
 
+# %% ../../nbs/data/16_splits.ipynb #47cacd96
+class Split(_Sides):
+    """Trial ids of three sides (`train`, `val`, `test`), what the sides share none of (`by`), how it was made. Frozen; `.id` is the hash of its content.
+
+    `window`: s around the onset that a trial's data spans, when the windows of two sides may not overlap; `guard`: s that must lie between them; `excluded`: {trial_id: why}."""
     def save(self, path): return write_json(path, {**asdict(self), "id": self.id})
 
     @classmethod

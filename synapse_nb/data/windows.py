@@ -198,7 +198,7 @@ class _Served(_Trials):
         if not -len(self) <= i < len(self): raise IndexError(i)
         return {k: v[0] for k, v in self.__getitems__([i % len(self)]).items()}
 
-# %% ../../nbs/data/17_windows.ipynb #d97d088a
+# %% ../../nbs/data/17_windows.ipynb #bcb15079
 class _Views(_Served):
     "The same windows seen otherwise: some trials of them, whitened, as arrays, as an `mne.Info`."
     def mne_info(self):
@@ -209,7 +209,6 @@ class _Views(_Served):
     def set_epoch(self, epoch_idx: int) -> None:
         "Which training epoch the transform draws its random numbers for."
         self.epoch = epoch_idx
-
     def subset(self, trials, transform="same") -> "Windows":
         "The same dataset with only these trials (ids, an events table, or a split's side): classes, subjects and channels stay. A trial that was dropped before is left out again."
         ids = set(trials["trial_id"] if isinstance(trials, pd.DataFrame) else trials)
@@ -275,7 +274,7 @@ class Windows(_Views):
     chs_info = property(lambda self: list(self.mne_info()["chs"]))
     times = property(lambda self: self.t_first + np.arange(self.n_times)/self.sfreq)
 
-# %% ../../nbs/data/17_windows.ipynb #16740b92
+# %% ../../nbs/data/17_windows.ipynb #45c7993f
 def _turn(x, buffers: _Buffers):
     "(batch, n_times, n_channels) -> a contiguous (batch, n_channels, n_times)."
     out = _result((x.shape[0], x.shape[2], x.shape[1]), buffers)
@@ -296,6 +295,7 @@ def _joined(stores, events) -> pd.DataFrame:
     ev = events.drop(columns=[c for c in ("sample", "_store") if c in events]).reset_index(drop=True)
     return ev.assign(**where.loc[ev["trial_id"]].reset_index(drop=True))
 
+# %% ../../nbs/data/17_windows.ipynb #7866c8fd
 def _common_channels(stores, picks) -> list[str]:
     "The channels to serve, the same in every store."
     if isinstance(picks, str): picks = channels_in(stores[0], picks) if picks not in stores[0].ch_names else [picks]

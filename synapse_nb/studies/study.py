@@ -105,11 +105,9 @@ def make_events(df: pd.DataFrame, rec: Recording, sfreq: float, duration: float,
     if onset.isna().any(): log.warning("%s: %d row(s) without an onset are left out (first: row %d)", where, onset.isna().sum(), int(np.flatnonzero(onset.isna())[0]) + 1)
     return out[onset.notna()].reset_index(drop=True)
 
-# %% ../../nbs/studies/20_study.ipynb #9ea501a6
-class Study(ABC):
-    """A study on disk. A subclass says where the recordings are and what their tables mean; everything above this module uses only these methods.
-
-    Invariants (`check`): `trial_id` unique; onsets finite, and inside the recording (or scheduled on another clock whose span fits); every picture named by an event exists."""
+# %% ../../nbs/studies/20_study.ipynb #71d4a4f2
+class _Contract(ABC):
+    "What a subclass of `Study` must say (the abstract ones), and may."
     name = ""
 
     def __init__(self, root, **options):
@@ -136,6 +134,11 @@ class Study(ABC):
         "The pictures (`ImageSet`), or None."
         return None
 
+# %% ../../nbs/studies/20_study.ipynb #1a5f81fc
+class Study(_Contract):
+    """A study on disk. A subclass says where the recordings are and what their tables mean; everything above this module uses only these methods.
+
+    Invariants (`check`): `trial_id` unique; onsets finite, and inside the recording (or scheduled on another clock whose span fits); every picture named by an event exists."""
     def size(self, rec: Recording) -> tuple[float, float]:
         "(rate Hz, length s) of `rec`, read once."
         if rec.key not in self._size: raw = self.read_raw(rec); self._size[rec.key] = (float(raw.info["sfreq"]), raw.n_times/float(raw.info["sfreq"]))

@@ -242,7 +242,7 @@ def epochs_events(epochs, rec: Recording, first: int, last: int, concepts=None, 
     ev["category"], ev["onset_source"] = "", "photodiode"
     return ev if keep_catch else ev[ev.trial_type != "catch"].reset_index(drop=True)
 
-# %% ../../nbs/studies/22_things.ipynb #c7dbbd02
+# %% ../../nbs/studies/22_things.ipynb #2915de6f
 @register_study("things_meg_epochs")
 class ThingsMEGEpochs(_Things):
     """The preprocessed epochs that the owners of ds004212 publish. A recording is a block of `block` epochs of one person laid end to end (filters must not run over them: the pipeline is `clamp(1000)` or a `pick`).
@@ -259,6 +259,7 @@ class ThingsMEGEpochs(_Things):
         return self._open[path]
 
     def __getstate__(self): return {**self.__dict__, "_open": {}}
+    def pulses(self, rec: Recording, raw) -> dict: return {}
 
     def find_recordings(self, subjects=None, modality: str | None = None) -> list[Recording]:
         out = []
@@ -282,8 +283,6 @@ class ThingsMEGEpochs(_Things):
         ep, (a, b) = self._epochs(rec.path), self._span(rec); images = read_attributes(self.root, rec.subject); n = pd.Series(epoch_numbers(ep)).value_counts()
         ev = self._label(epochs_events(ep, rec, a, b, self.concepts, images, self.index, self.keep_catch), rec.path)
         return ev.assign(trial_type=np.where(ev.trial_type == "catch", "catch", np.where(ev.image_number.map(n) > 10, "test", "exp")))
-
-    def pulses(self, rec: Recording, raw) -> dict: return {}
 
 # %% ../../nbs/studies/22_things.ipynb #985ed6ac
 def compare_onsets(scheduled: dict[str, np.ndarray], measured: dict[str, np.ndarray], limit: float = 0.1) -> pd.DataFrame:
