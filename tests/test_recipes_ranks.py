@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import synapse_nb
 from synapse_nb.core import SynapseError
+from synapse_nb.stimuli.embed import make_tiny_clip
+from synapse_nb.train import loop
 from synapse_nb.train.launch import launch
 from synapse_nb.train.recipes import load_recipe, read_saved, run_recipe
 from synapse_nb.train.runs import find_runs
@@ -143,3 +145,32 @@ def test_what_rank_0_refuses_all_refuse(study, tmp_path):
     with pytest.raises(SynapseError) as e: launch(study / "decode.toml", 2, [f"study.root={tmp_path / 'nowhere'}"], out=tmp_path, quiet=True, env=ENV, timeout_s=200)
     assert "nowhere" in str(e.value) and "Traceback" not in str(e.value)
     assert load_recipe(study / "decode.toml").network.options["drop"] == 0.0
+
+
+HEAD = '[study]\nroot = "{root}"\n'
+TRAINS = {
+    "clip": ('kind = "clip"\n', ["CLIP"]),
+    "pretrain": ('kind = "pretrain"\n' + HEAD, ["pre-train meg", "pre-train eeg"]),
+    "decode": ('kind = "decode"\n' + HEAD + "[train]\naccumulate = 2\nbatch_size = 16\n", ["spatial_conv meg", "spatial_conv eeg", "fused"]),
+    "match": ('kind = "match"\nencoder = "{encoder}"\n' + HEAD, ["match meg", "match eeg"]),
+    "draw": ('kind = "draw"\nencoder = "{encoder}"\nmatched = "{matched}"\n' + HEAD, ["codec", "painter", "judge"]),
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory): return make_tiny_clip(["a red circle", "a blue square"], tmp_path_factory.mktemp("clip") / "clip")
+
+
+@pytest.mark.parametrize("kind", TRAINS)
+def test_a_dry_run_takes_one_step_of_each_training(kind, study, encoder, tmp_path, monkeypatch, capsys):
+    text, trainings = TRAINS[kind]
+    (tmp_path / "embeddings.tsv").write_text("")
+    (tmp_path / "r.toml").write_text(text.format(root=study / "study", encoder=encoder, matched=tmp_path))
+    steps, real = [], loop.optimizer_step
+    monkeypatch.setattr(loop, "optimizer_step", lambda run: (steps.append(run.desc), real(run)))
+    run_recipe(tmp_path / "r.toml", out=study / "dry", dry_run=True)
+    assert steps == trainings
+    said = [s[2:] for s in capsys.readouterr().out.splitlines() if s.startswith("# ") and "parameters" in s]
+    assert [s.split(": ")[0] for s in said] == trainings
+    for s in said: assert "1 rank(s), global batch" in s and "MiB" in s and "first step" in s and "train_loss" in s and "(" in s.split(": ")[1], s
+    assert [p.name for p in study.glob("dry/*") if p.name != "store"] == []

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['BestCheckpoint', 'EarlyStopping', 'LastCheckpoint', 'KeepStates', 'keep_states', 'Schedule', 'warmup_cosine',
            'one_cycle', 'Plateau', 'EMA', 'CSVLog', 'PrintRows', 'TensorBoardLog', 'wandb_key', 'WandbLog', 'tracked',
-           'GradientWatch', 'LoaderWatch', 'Profile', 'pick_workers', 'pick_loading']
+           'GradientWatch', 'LoaderWatch', 'Profile', 'FirstStep', 'SayBatch', 'pick_workers', 'pick_loading']
 
-# %% ../../nbs/train/29_callbacks.ipynb #02fb07b6
+# %% ../../nbs/train/29_callbacks.ipynb #b88ee88d
 import csv
 import io
 import json
 import math
 import os
 import re
+import resource
 import shutil
+import sys
 import time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,7 +27,7 @@ import torch
 from ..core import SynapseError, log, suggest, write_text
 from ..dist import any_rank, is_main, rank
 from .checkpoint import copy_whole, full_weights, list_states, load_weights, put_weights, save_state, save_weights
-from .loop import ALWAYS, Callback, Run, better_is, rows_text, run_state
+from .loop import ALWAYS, Callback, Run, better_is, describe, rows_text, run_state
 
 # %% ../../nbs/train/29_callbacks.ipynb #741d0c7e
 class _Best(Callback):
@@ -362,6 +364,50 @@ class Profile(Callback):
             by = "self_cuda_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
             if is_main(): write_text(self.path, self.prof.key_averages().table(sort_by=by, row_limit=25))
             self.prof = None
+
+# %% ../../nbs/train/29_callbacks.ipynb #b6d26de6
+def _shapes(batch) -> str:
+    "The tensors of a batch by name and shape."
+    if torch.is_tensor(batch): return f"{tuple(batch.shape)}"
+    return ", ".join(f"{k} {_shapes(v)}" for k, v in batch.items() if torch.is_tensor(v) or isinstance(v, dict)) if isinstance(batch, dict) else type(batch).__name__
+
+def _memory(run: Run) -> str:
+    "Bytes of this rank's weights, gradients and moments, and the most that was ever in use."
+    local = lambda t: (t.to_local() if hasattr(t, "to_local") else t).numel() * t.element_size()
+    held = sum(local(p) * (1 + p.requires_grad) for p in run.model.parameters()) + sum(local(t) for s in run.optimizer.state.values() for t in s.values() if torch.is_tensor(t))
+    if run.device.type == "cuda": peak, where = torch.cuda.max_memory_allocated(run.device), "the GPU"
+    else: peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), "the process"
+    return f"weights, gradients and moments {held / 2**20:.1f} MiB, at most {peak / 2**20:.0f} MiB of {where}"
+
+class FirstStep(Callback):
+    "End every `fit` after one optimizer step and one validation batch; `lines` says of each new kind of training: shapes, parameters, global batch, memory, losses."
+    order = 90
+    def __init__(self): self.lines, self.said, self.out = [], set(), ""
+
+    def on_fit_start(self, run: Run):
+        run.train.limit, self.out = run.accumulate, ""
+        if run.val is not None: run.val.limit = 1
+        def keep(module, args, out): self.out = self.out or (f" -> {tuple(out.shape)}" if torch.is_tensor(out) else "")
+        self.hook, self.epochs = run.model.register_forward_hook(keep), run.n_epochs
+
+    def on_step_end(self, run: Run):
+        n, free = sum(p.numel() for p in run.model.parameters()), sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        self.line = (f"{run.desc or 'training'}: {_shapes(run.batch)}{self.out}; {n:,} parameters{f' ({free:,} trained)' if free < n else ''}; {describe(run)}; "
+                     f"{len(run.train.loader)} batches x {self.epochs} epochs; {run.precision} on {run.device.type}; {_memory(run)}")
+
+    def on_epoch_end(self, run: Run):
+        run.stop = True
+        self.hook.remove()
+        if (key := (run.desc, _shapes(run.batch))) in self.said: return
+        self.said.add(key)
+        self.lines.append(f"{self.line}; first step {run.seconds['wait']:.2f} s to load and {run.seconds['step']:.2f} s to compute; " + ", ".join(f"{k} {v:.4g}" for k, v in run.row.items() if k.endswith("loss")))
+
+class SayBatch(Callback):
+    "Print what `describe` says at the start of each training, once for each different line."
+    def __init__(self): self.said = None
+
+    def on_fit_start(self, run: Run):
+        if is_main() and (line := describe(run)) != self.said: print(f"  training: {line}", flush=True); self.said = line
 
 # %% ../../nbs/train/29_callbacks.ipynb #829f4f74
 def _rate(loader, seconds: float, busy: float = 0.0, **kw) -> float:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LiveRows', 'Screen', 'curves_svg', 'find_target', 'main', 'smoke', 'launch']
 
-# %% ../../nbs/train/81_launch.ipynb #59f1c46a
+# %% ../../nbs/train/81_launch.ipynb #c2a99a39
 import argparse
 import importlib
 import json
@@ -17,18 +17,17 @@ from pathlib import Path
 
 from ..core import SynapseError, check_file
 from ..dist import close, init_from_env, is_main, rank, run_ranks, world_size
-from .loop import ALWAYS, Callback, History, Run, fit
+from .loop import ALWAYS, Callback, History, Run, describe, fit
 
-# %% ../../nbs/train/81_launch.ipynb #7670a9eb
+# %% ../../nbs/train/81_launch.ipynb #e09cefd4
 class LiveRows(Callback):
     "Rank 0 reports progress as lines for `launch` to read: `@step {…}` about four times a second, `@row {…}` after each training epoch."
-    order = 60
+    order, says_batch = 60, True
     def __init__(self): self.said, self.fit = 0.0, -1
 
     def on_fit_start(self, run: Run):
         self.fit += 1
-        size = getattr(getattr(run.train.loader, "batch_sampler", None), "batch_size", None)
-        if is_main() and size: print(f"{run.desc or 'training'}: {world_size()} rank(s), global batch {size * run.accumulate}, {size / world_size():g} on each, parallel {run.parallel}" + f" x {run.accumulate} accumulated" * (run.accumulate > 1), flush=True)
+        if is_main(): print(f"{run.desc or 'training'}: {describe(run)}", flush=True)
 
     def on_resume(self, run: Run):
         for row in run.history: self._row(run, row)
@@ -89,7 +88,7 @@ def curves_svg(history, width: int = 320, height: int = 90) -> str:
     key = '<text x="8" y="11" font-size="10" fill="#4c78a8">train_loss</text><text x="75" y="11" font-size="10" fill="#f58518">val_loss</text>'
     return f'<svg width="{width}" height="{height}" role="img" aria-label="loss curves">{key}{drawn}</svg>'
 
-# %% ../../nbs/train/81_launch.ipynb #df63a79d
+# %% ../../nbs/train/81_launch.ipynb #ee730c9d
 def find_target(text: str):
     "`module:function` -> the function. Raises `SynapseError` when there is none."
     module, _, name = text.partition(":")
@@ -104,6 +103,7 @@ def _arguments(argv=None) -> argparse.Namespace:
     p.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting")
     p.add_argument("--out", help="folder for what is made (default: runs)")
     p.add_argument("--force", action="store_true", help="do it again even when it is there")
+    p.add_argument("--dry-run", action="store_true", help="build everything, do one step of each training, print shapes and memory")
     p.add_argument("--target", default="synapse_nb.train.recipes:run_recipe", help="function(config_path, overrides) to run on each rank")
     p.add_argument("--live", action="store_true", help="report progress as @-lines for `launch`")
     a = p.parse_args(argv)
@@ -118,7 +118,7 @@ def main(argv=None) -> int:
     try:
         init_from_env()
         if not is_main(): sys.stdout = open(os.devnull, "w")
-        more = {k: v for k, v in (("out", a.out), ("force", a.force)) if v}
+        more = {k: v for k, v in (("out", a.out), ("force", a.force), ("dry_run", a.dry_run)) if v}
         find_target(a.target)(check_file(a.config, "recipe"), a.set, **more)
         close()
     except SynapseError as e:

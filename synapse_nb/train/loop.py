@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'step_seed', 'seed_all', 'own_randomness', 'Batches', 'rows_text', 'to_device', 'History', 'better_is',
-           'param_groups', 'choose_parallel', 'wrap', 'Callback', 'Run', 'add_sums', 'means', 'backward',
+           'param_groups', 'choose_parallel', 'wrap', 'Callback', 'Run', 'describe', 'add_sums', 'means', 'backward',
            'optimizer_step', 'validate', 'train_epoch', 'run_state', 'load_run', 'fit']
 
 # %% ../../nbs/train/28_loop.ipynb #f0e235f9
@@ -274,6 +274,15 @@ class Run:
         if not isinstance(out, dict) or "loss" not in out or "n" not in out:
             raise SynapseError('step(model, batch) must return {"loss": mean over the batch, "n": number of samples, …}.')
         return out
+
+# %% ../../nbs/train/28_loop.ipynb #f540767e
+def describe(run: Run) -> str:
+    "One line: ranks, the global batch, each rank's share of it, accumulation, how the model is spread, and for a step with `contrastive = True` the negatives each sample meets."
+    size = getattr(getattr(run.train.loader, "batch_sampler", None), "batch_size", None)
+    if not size: return f"{world_size()} rank(s), parallel {run.parallel}"
+    step = getattr(run.wrapped, "module", run.wrapped).step
+    return (f"{world_size()} rank(s), global batch {size * run.accumulate}, {size / world_size():g} on each" + f" x {run.accumulate} accumulated" * (run.accumulate > 1) + f", parallel {run.parallel}"
+            + f", {size - 1} contrastive negatives" * bool(getattr(step, "contrastive", False)))
 
 # %% ../../nbs/train/28_loop.ipynb #6f2ceed8
 def add_sums(sums: dict, out: dict, n: float) -> None:

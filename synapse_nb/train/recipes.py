@@ -8,7 +8,8 @@ __all__ = ['KINDS', 'RUNNERS', 'SimulateConf', 'PrepareConf', 'DrawRunConf', 'lo
            'decode_report', 'retrieval_section', 'drawing_section', 'resolve_runs', 'run_conf', 'run_recipe', 'dry',
            'run_prepare']
 
-# %% ../../nbs/train/80_recipes.ipynb #01a7e120
+# %% ../../nbs/train/80_recipes.ipynb #8a54cb1c
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -26,14 +27,16 @@ from ..evaluate.retrieval import top_k_curve
 from ..studies.prepare import prepare
 from ..studies.simulate import simulate_study
 from ..studies.study import get_study
-from .callbacks import keep_states
+from ..stimuli.images import CATEGORIES
+from .callbacks import FirstStep, SayBatch, keep_states, tracked
 from .decoding import DecodeConf, common_channels, decode, decode_scores
 from .drawing import DrawConf, draw, draw_scores, train_judge, train_painter
 from .matching import ClipConf, MatchConf, PretrainConf, _vectors, fuse, match, match_scores, picture_vectors, pretrain, train_clip
+from .loop import ALWAYS
 from .runs import RunFolder, run_state_of
-from .stages import Prepared, Recipe, SignalConf, StudyConf, prepare_study
+from .stages import OnStudy, Prepared, Recipe, SignalConf, StudyConf, open_study, prepare_study
 
-# %% ../../nbs/train/80_recipes.ipynb #d06ddca7
+# %% ../../nbs/train/80_recipes.ipynb #1b10a26c
 class SimulateConf(Recipe):
     "The simulated study: written to `root` as a lab would have it."
     kind: Literal["simulate"] = "simulate"
@@ -47,11 +50,9 @@ class SimulateConf(Recipe):
     snr: float = 4.0
     quick: bool = False
 
-class PrepareConf(Recipe):
+class PrepareConf(OnStudy):
     "A study into the store."
     kind: Literal["prepare"] = "prepare"
-    study: StudyConf = StudyConf()
-    signal: SignalConf = SignalConf()
 
 KINDS = {"simulate": SimulateConf, "prepare": PrepareConf, "clip": ClipConf, "pretrain": PretrainConf, "decode": DecodeConf, "match": MatchConf, "draw": DrawConf}
 
@@ -180,9 +181,12 @@ def decode_report(conf: DecodeConf, ready: Prepared, done, scores) -> Report:
     report.section("Training", plot_losses(dict(list(done.histories.items())[:6])))
     return report
 
-# %% ../../nbs/train/80_recipes.ipynb #50226792
-def _run_match(conf: MatchConf, run: RunFolder, store) -> None:
+# %% ../../nbs/train/80_recipes.ipynb #fe5f2d0e
+def _check_match(conf: MatchConf) -> None:
     if not conf.encoder: raise SynapseError("A match recipe needs encoder = '…': the folder of a clip run (…/clip) or a hub id such as openai/clip-vit-large-patch14.")
+
+def _run_match(conf: MatchConf, run: RunFolder, store) -> None:
+    _check_match(conf)
     ready = _ready(conf, store)
     table, histories = match(ready, conf, cache_dir=run.mine/"cache")
     if not is_main(): return
@@ -204,8 +208,11 @@ def retrieval_section(report: Report, table: pd.DataFrame, pictures, z) -> None:
     for (m, k), r in test.groupby(["model", "modality"]): curves[f"{m} ({k}), single trial"] = top_k_curve(_vectors(r), gallery, r["image"].map(number).to_numpy())
     report.section("Retrieval", f"How often the right picture is among the first k of {len(names)} that nobody trained on.", plot_retrieval_curve(curves))
 
-def _run_draw(conf: DrawRunConf, run: RunFolder, store) -> None:
+def _check_draw(conf: DrawRunConf) -> None:
     if conf.matched is None or not (Path(conf.matched)/"embeddings.tsv").exists(): raise SynapseError("A draw recipe needs matched = '…': the folder of a finished match run (it holds embeddings.tsv).")
+
+def _run_draw(conf: DrawRunConf, run: RunFolder, store) -> None:
+    _check_draw(conf)
     painter, histories = train_painter(conf, run.mine/"painter")
     judge, judged = train_judge(conf)
     if not is_main(): return
@@ -240,7 +247,7 @@ def resolve_runs(conf, out):
         new |= {field: type(getattr(conf, field))(found[-1]/rest), "made_from": (*new.get("made_from", conf.made_from), found[-1].name)}
     return conf.model_copy(update={k: str(v) if isinstance(getattr(conf, k), str) else v for k, v in new.items()})
 
-# %% ../../nbs/train/80_recipes.ipynb #42c2a480
+# %% ../../nbs/train/80_recipes.ipynb #31b80dd2
 RUNNERS = {"simulate": _run_simulate, "prepare": _run_prepare, "clip": _run_clip, "pretrain": _run_pretrain, "decode": _run_decode, "match": _run_match, "draw": _run_draw}
 
 def run_conf(conf, out="runs", store=None, force: bool = False, folder: str | None = None) -> RunFolder:
@@ -249,7 +256,7 @@ def run_conf(conf, out="runs", store=None, force: bool = False, folder: str | No
     todo = _todo(run, config_id(conf), force)
     if todo == "nothing": return run
     if todo == "anew": run.reset()
-    with run, keep_states(run.checkpoints, table=run.metrics) as kept:
+    with run, keep_states(run.checkpoints, table=run.metrics) as kept, tracked(conf.track, run.path, conf.name, conf.model_dump(mode="json")):
         if is_main(): write_text(run.path/"id.txt", config_id(conf) + "\n")
         RUNNERS[conf.kind](conf, run, Path(store) if store is not None else Path(out)/"store")
         kept.tidy()
@@ -264,39 +271,62 @@ def _todo(run: RunFolder, id: str, force: bool) -> str:
     return todo[int(reduce_max(found if is_main() else 0))]
 
 def run_recipe(path, overrides=(), out="runs", force: bool = False, dry_run: bool = False) -> RunFolder | None:
-    "Run a recipe file: what `synapse run` calls. `dry_run` checks the recipe and the study, and prints what would be run."
+    "Run a recipe file: what `synapse run` calls. `dry_run` builds everything, does one step of each training and prints shapes, parameters, memory and batch; nothing is left but the prepared recordings."
     conf = resolve_runs(load_recipe(path, overrides), out)
-    if dry_run: print(dry(conf)); return None
+    if dry_run: print(dry(conf, out)); return None
     print(f"{conf.name}-{config_id(conf)}: {conf.kind}", flush=True)
     before = RunFolder(out, conf.name, "", config_id(conf))
     known, states = before.state == "finished" and not force, sorted(before.checkpoints.glob("*/step_*")) if not force else []
     if states: print(f"goes on from {len(states)} saved state(s), the last of {states[-1].parent.name}", flush=True)
-    run = run_conf(conf, out, force=force)
+    told = [] if any(getattr(cb, "says_batch", False) for cb in ALWAYS) else [SayBatch()]                # `launch` shows it already
+    ALWAYS.extend(told)
+    try: run = run_conf(conf, out, force=force)
+    finally: [ALWAYS.remove(cb) for cb in told]
     print(f"{'already finished' if known else 'finished'}: {run.path}" + (f"\nreport: {run.report} ({run.report.stat().st_size / 1e6:.1f} MB, opens without a network)" if run.report.exists() else ""), flush=True)
     if known and run.scores.exists(): print("run again with --force")
     return run
 
-# %% ../../nbs/train/80_recipes.ipynb #f49d476d
-def dry(conf) -> str:
-    "What a recipe would do: its settings, recordings, windows, and the network with one batch through it."
-    lines = [to_toml(conf), f"# id {config_id(conf)}"]
-    if not hasattr(conf, "study"): return "\n".join(lines)
-    from synapse_nb.train.stages import open_study
-    study = open_study(conf.study)
-    recordings = [r for m in conf.study.modalities for r in study.find_recordings(conf.study.subjects or None, m)]
-    lines += [f"# {len(recordings)} recordings: {', '.join(r.key for r in recordings[:6])}{' …' if len(recordings) > 6 else ''}"]
-    if conf.kind == "decode":
-        import torch
-        from synapse_nb.models.base import n_parameters
-        from synapse_nb.models.zoo import create_model
-        raw, sfreq = study.read_raw(recordings[0]), float(getattr(conf.signal, recordings[0].modality).partition("resample(")[2].partition(")")[0] or 0)
-        n_times = round((conf.window.tmax - conf.window.tmin) * (sfreq or raw.info["sfreq"]))
-        n_chans = len([t for t in raw.get_channel_types() if t in ("eeg", "mag", "grad")])
-        model = create_model(conf.network.name, n_chans, n_times, 2, sfreq or raw.info["sfreq"], **conf.network.options)
-        out = model(torch.zeros(min(conf.train.batch_size, 8), n_chans, n_times))
-        lines += [f"# {conf.network.name}: windows ({n_chans}, {n_times}) -> {tuple(out.shape)}, {n_parameters(model):,} parameters, global batch {conf.train.batch_size}"]
-    return "\n".join(lines)
+# %% ../../nbs/train/80_recipes.ipynb #cfb25f2e
+def _one_person(study_conf: StudyConf) -> StudyConf:
+    "The settings of a study with its first person only."
+    study = open_study(study_conf)
+    recordings = [r for m in study_conf.modalities for r in study.find_recordings(study_conf.subjects or None, m)]
+    return study_conf.model_copy(update={"subjects": (recordings[0].subject,)}) if recordings else study_conf
 
+def _enough_pictures(conf, *trains) -> int:
+    "So many procedural pictures of each category that a batch is full."
+    return min(conf.n_per_category, 2 + 2 * max(t.batch_size for t in trains) // len(CATEGORIES))
+
+def _only_train(conf, store, folder) -> None:
+    "The trainings of a recipe on one person's data, or on a few pictures; no baselines, no scores."
+    if hasattr(conf, "study") and conf.kind != "draw": conf = conf.model_copy(update={"study": _one_person(conf.study)})
+    if hasattr(conf, "baselines"): conf = conf.model_copy(update={"baselines": {}})
+    if conf.kind == "clip": train_clip(conf.model_copy(update={"n_per_category": _enough_pictures(conf, conf.train), "n_low": 0}), folder/"clip")
+    elif conf.kind == "pretrain":
+        conf = conf.model_copy(update={"n_train": None, "foreign": tuple(_one_person(f) for f in conf.foreign)})
+        with main_first(): foreign = [prepare_study(f, conf.signal, store) for f in conf.foreign]
+        pretrain(_ready(conf, store), conf, folder/"mae", foreign)
+    elif conf.kind == "decode": decode(_ready(conf, store), conf)
+    elif conf.kind == "match": _check_match(conf); match(_ready(conf, store), conf, cache_dir=folder/"cache")
+    elif conf.kind == "draw":
+        _check_draw(conf)
+        small = conf.model_copy(update={"n_per_category": _enough_pictures(conf, conf.codec, conf.painter, conf.judge)})
+        train_painter(small, folder/"painter"); train_judge(small)
+
+def dry(conf, out="runs", store=None) -> str:
+    "What a recipe would do: its settings and recordings, then one optimizer step of each of its trainings on the first person's data. The recordings that this needs stay in the store."
+    lines = [to_toml(conf), f"# id {config_id(conf)}"]
+    if hasattr(conf, "study"):
+        study = open_study(conf.study)
+        recordings = [r for m in conf.study.modalities for r in study.find_recordings(conf.study.subjects or None, m)]
+        lines += [f"# {len(recordings)} recordings: {', '.join(r.key for r in recordings[:6])}{' …' if len(recordings) > 6 else ''}"]
+    ALWAYS.append(first := FirstStep())
+    try:
+        with tempfile.TemporaryDirectory() as d: _only_train(conf, Path(store) if store is not None else Path(out)/"store", Path(d))
+    finally: ALWAYS.remove(first)
+    return "\n".join(lines + [f"# {x}" for x in first.lines])
+
+# %% ../../nbs/train/80_recipes.ipynb #3722546a
 def run_prepare(study: str, root, out, preset: str | None = None, jobs: int = 1, subjects=None, sessions=None, force: bool = False) -> None:
     "`synapse prepare`: every recording of a study into the store, with the table of what was found. `preset`: a name of `data.preprocess.PRESETS` or a pipeline text."
     from synapse_nb.studies.prepare import of_sessions, prepared_table

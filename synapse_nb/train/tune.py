@@ -6,8 +6,10 @@
 __all__ = ['LIVE', 'SpaceConf', 'load_space', 'standing', 'TellSearch', 'as_overrides', 'run_trial', 'need_ray', 'search',
            'compare_recipes', 'full_ranking', 'tune']
 
-# %% ../../nbs/train/82_tune.ipynb #9f7a2b22
+# %% ../../nbs/train/82_tune.ipynb #d4ced25e
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -134,7 +136,7 @@ def _engine(conf: SpaceConf, seed: int) -> tuple:
         return schedulers.HyperBandForBOHB(**{"max_t": conf.max_epochs, "reduction_factor": 4, **kw}), TuneBOHB(seed=seed)
     return None, None
 
-# %% ../../nbs/train/82_tune.ipynb #940cf0e0
+# %% ../../nbs/train/82_tune.ipynb #2838f6ed
 def _trial(values: dict, spec: dict) -> None:
     "What one Ray worker does."
     from ray import tune
@@ -165,10 +167,22 @@ def _ranks_trial(values: dict, spec: dict, name: str) -> None:
 def _ranks_loop(conf: dict) -> None:
     "What each rank of a trial does; Ray has already joined them."
     from ray import train
-    last = run_trial(conf["values"], conf["spec"], conf["name"], lambda row, folder=None: train.report(row))
-    train.report({**last, "ended": True})
+    from ray.util import get_current_placement_group
+    place = get_current_placement_group().id.hex()
+    last = run_trial(conf["values"], conf["spec"], conf["name"], lambda row, folder=None: train.report({**row, "place": place}))
+    train.report({**last, "place": place, "ended": True})
 
-# %% ../../nbs/train/82_tune.ipynb #56347251
+def _give_back():
+    "A callback of Ray Tune: the processors and GPUs of a trial's ranks are free again when the trial ends or is stopped early. (Ray Train asks its dashboard for that, which a plain `ray.init` has not.)"
+    from ray import PlacementGroupID, tune
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    class GiveBack(tune.Callback):
+        def on_trial_complete(self, iteration, trials, trial, **info):
+            if place := trial.last_result.get("place"): remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(place)))
+        on_trial_error = on_trial_complete
+    return GiveBack()
+
+# %% ../../nbs/train/82_tune.ipynb #d9223adc
 def search(recipe, space, n_trials: int = 8, out="runs", overrides=(), cpus: float = 1, gpus: float = 0, ranks: int = 1, concurrent: int = 0, seed: int = 0) -> pd.DataFrame:
     """Search `space` (a file) around `recipe`; returns the trials, best first, and writes `trials.tsv` and `best.toml` to `<out>/<recipe>-tune`. The same call again goes on where it stopped.
 
@@ -182,11 +196,19 @@ def search(recipe, space, n_trials: int = 8, out="runs", overrides=(), cpus: flo
     write_text(folder/"space.toml", to_toml(conf))
     started = not ray.is_initialized()
     if started: ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False, object_store_memory=200_000_000)
-    try: results = _tuner(conf, spec, n_trials, folder, concurrent, seed).fit()
+    try: results = _not_swallowed(_tuner(conf, spec, n_trials, folder, concurrent, seed).fit)
     finally: started and ray.shutdown()
-    if results.num_terminated + results.num_errors < len(results): raise KeyboardInterrupt("The search was stopped; the same command goes on with it.")       # Ray swallows a Ctrl-C
     table = _table(results, conf)
     return _write(table, conf, recipe, overrides, folder)
+
+def _not_swallowed(fit):
+    "`fit()` of a tuner. A Ctrl-C makes it save and return as if nothing had happened: raise it again. (Its handler puts the old one back when it is called, and else stays.)"
+    if threading.current_thread() is not threading.main_thread(): return fit()
+    before = signal.getsignal(signal.SIGINT)
+    results = fit()
+    if signal.getsignal(signal.SIGINT) is before: raise KeyboardInterrupt("The search was stopped; the same command goes on with it.")
+    signal.signal(signal.SIGINT, before)
+    return results
 
 def _first(spec: dict): return next(iter(spec.values()))[0]
 
@@ -199,10 +221,18 @@ def _tuner(conf: SpaceConf, spec: dict, n_trials: int, folder: Path, concurrent:
     if tune.Tuner.can_restore(str(left)): return tune.Tuner.restore(str(left), trainable, resume_unfinished=True, restart_errored=True)
     scheduler, searcher = _engine(conf, seed)
     np.random.seed(seed)
+    if spec["ranks"] > 1: concurrent = concurrent or _side_by_side(spec)
     return tune.Tuner(trainable, param_space=_domains(conf),
                       tune_config=tune.TuneConfig(metric=conf.metric, mode=conf.better, num_samples=n_trials, scheduler=scheduler, search_alg=searcher, max_concurrent_trials=concurrent or None, reuse_actors=spec["ranks"] == 1),      # a process starts in 10 s, an epoch may take 1
                       run_config=tune.RunConfig(name="search", storage_path=str(folder.absolute()/"ray"), verbose=0, stop={"epoch": conf.max_epochs, **conf.stop},
-                                                checkpoint_config=tune.CheckpointConfig(num_to_keep=None if conf.scheduler == "pb2" else 2)))       # PB2 may copy from an old one
+                                                callbacks=[_give_back()] if spec["ranks"] > 1 else None, checkpoint_config=tune.CheckpointConfig(num_to_keep=None if conf.scheduler == "pb2" else 2)))       # PB2 may copy from an old one
+
+
+def _side_by_side(spec: dict) -> int:
+    "How many trials of several ranks fit at once: one that gets only some of its ranks would wait for ever."
+    from ray import cluster_resources
+    there = cluster_resources()
+    return max(1, int(min(there.get(k, 0) / (n * spec["ranks"]) for k, n in (("CPU", spec["cpus"]), ("GPU", spec["gpus"])) if n)))
 
 # %% ../../nbs/train/82_tune.ipynb #11ad47f6
 def _table(results, conf: SpaceConf) -> pd.DataFrame:
