@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_distributed', 'rank', 'world_size', 'local_rank', 'is_main', 'barrier', 'main_first', 'init_from_env',
            'rank_device', 'close', 'reduce_sum', 'reduce_max', 'any_rank', 'all_gather_grad', 'all_reduce_grad',
-           'share_of', 'GlobalBatchNorm', 'globalize_batchnorm', 'run_ranks']
+           'share_of', 'rows_before', 'GlobalBatchNorm', 'globalize_batchnorm', 'run_ranks']
 
 # %% ../nbs/02_dist.ipynb #0c7ebd9a
 import os
@@ -177,12 +177,17 @@ def all_reduce_grad(x: torch.Tensor) -> torch.Tensor:
     "The sum of `x` (same shape everywhere) over ranks, differentiable; `x` itself on one process."
     return _AllReduce.apply(x) if world_size() > 1 else x
 
-# %% ../nbs/02_dist.ipynb #1b76569e
+# %% ../nbs/02_dist.ipynb #1c2dcca9
 def share_of(items, r: int | None = None, world: int | None = None) -> list:
     "Rank `r`'s contiguous share of a list; the shares of all ranks, in order, are the list. A share is empty when there are fewer items than ranks."
     r, world = rank() if r is None else r, world or world_size()
     items = list(items)
     return items[len(items) * r // world:len(items) * (r + 1) // world]
+
+def rows_before(n: int) -> int:
+    "How many rows the ranks before this one hold when this one holds `n` (shares of a batch differ by one): where its rows stand among those of `all_gather_grad`."
+    if world_size() == 1: return 0
+    return int(reduce_sum(F.one_hot(torch.tensor(rank()), world_size()) * n)[:rank()].sum())
 
 # %% ../nbs/02_dist.ipynb #4c4cd517
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):

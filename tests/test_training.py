@@ -251,6 +251,16 @@ def test_two_ranks_train_what_one_process_trains(one, tmp_path, model, how):
         for k in b: assert a[k] == (b[k] if k.endswith(("correct", "epoch_idx")) else pytest.approx(b[k], rel=1e-9)), k
 
 
+def test_negatives_do_not_stop_at_a_ranks_border(tmp_path):
+    "Seven samples, three on one rank and four on the other: the losses and gradients of one process."
+    script = PROGRAM.with_name("contrast_program.py")
+    subprocess.run([sys.executable, script, tmp_path], env=ENV, check=True)
+    run_ranks([script, tmp_path], 2, env=ENV, on_line=None, timeout_s=120)
+    one, two = tensors(tmp_path, "ranks1"), tensors(tmp_path, "ranks2")
+    assert one["top1"] == two["top1"]
+    nearly(two, one, 1e-8)                      # targets are float32 inside, a wrong border would be off by a tenth
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_ranks_killed_and_resumed(tmp_path, how):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['clip_loss', 'siglip_loss', 'cosine_loss', 'match_loss', 'MatchModel', 'match_step', 'embed_trials']
 
-# %% ../../nbs/models/52_match.ipynb #33b901d6
+# %% ../../nbs/models/52_match.ipynb #f1c321fc
 import math
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..core import SynapseError
-from ..dist import all_gather_grad, world_size
+from ..dist import all_gather_grad, rows_before, world_size
 
-# %% ../../nbs/models/52_match.ipynb #d306062a
+# %% ../../nbs/models/52_match.ipynb #9240ca52
 def _targets(rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
     "(n,), (m,) ids -> (n, m): each row spread evenly over the columns with its id."
     same = (rows[:, None] == cols[None]).float()
@@ -35,23 +35,18 @@ def clip_loss(pred, target, scale=1.0, ids=None, symmetric: bool = True, normali
     if normalise not in ("both", "image", "none"): raise SynapseError(f"normalise={normalise!r}: choose both, image or none.")
     p = F.normalize(pred, dim=1) if normalise == "both" else pred
     t = F.normalize(target, dim=1) if normalise != "none" else target
-    ids = torch.arange(len(p), device=p.device) + _rank_offset(len(p)) if ids is None else ids
+    ids = torch.arange(len(p), device=p.device) + rows_before(len(p)) if ids is None else ids
     P, T, I = (p, t, ids) if world_size() == 1 else (all_gather_grad(p), all_gather_grad(t), all_gather_grad(ids))
     loss = _soft_ce(scale * p @ T.T, _targets(ids, I))
     return (loss + _soft_ce(scale * t @ P.T, _targets(ids, I))) / 2 if symmetric else loss
 
-def _rank_offset(n: int) -> int:
-    "Where this rank's rows start among all."
-    from synapse_nb.dist import rank
-    return rank() * n
-
-# %% ../../nbs/models/52_match.ipynb #5f631d62
+# %% ../../nbs/models/52_match.ipynb #bf72c2ba
 def siglip_loss(pred, target, scale=10.0, bias=-10.0, ids=None) -> torch.Tensor:
     "Sigmoid loss over all pairs of `(batch, n_features)` embeddings, unit vectors; pairs of equal `ids` are positive. Source: Zhai et al. 2023 (arXiv:2303.15343)."
     p, t = F.normalize(pred, dim=1), F.normalize(target, dim=1)
-    ids = torch.arange(len(p), device=p.device) if ids is None else ids
-    sign = 2 * (ids[:, None] == ids[None]).float() - 1
-    return -F.logsigmoid(sign * (scale * p @ t.T + bias)).sum(1).mean()
+    ids = torch.arange(len(p), device=p.device) + rows_before(len(p)) if ids is None else ids
+    sign = 2 * (ids[:, None] == all_gather_grad(ids)[None]).float() - 1
+    return -F.logsigmoid(sign * (scale * p @ all_gather_grad(t).T + bias)).sum(1).mean()
 
 def cosine_loss(pred, target) -> torch.Tensor:
     "1 - cosine, mean over the batch."
@@ -102,7 +97,7 @@ class MatchModel(nn.Module):
     @property
     def scale(self): return self.logit_scale.clamp(max=math.log(100.0)).exp()
 
-# %% ../../nbs/models/52_match.ipynb #038aa7e9
+# %% ../../nbs/models/52_match.ipynb #bd40eb11
 def match_step(model, batch) -> dict:
     """One training step for the loop: `batch` holds `x` `(B, n_chans, n_times)`, `target` `(B, out_dim)`, and, when there, `image_id` int64 `(B,)` (equal for repeats of a picture) and `subject`.
 
@@ -112,10 +107,12 @@ def match_step(model, batch) -> dict:
     target, ids = batch["target"], batch.get("image_id")
     loss = match_loss(m.loss, pred, target, m.scale, m.logit_bias, ids, m.normalise, m.symmetric)
     with torch.no_grad():
-        sim = F.normalize(pred.float(), dim=1) @ F.normalize(target.float(), dim=1).T
-        ids = torch.arange(len(pred), device=pred.device) if ids is None else ids
-        top1 = (ids[sim.argmax(1)] == ids).float().mean()
-    return {"loss": loss, "n": len(pred), "top1": top1, "cosine": sim.diagonal().mean()}
+        p, t = F.normalize(pred.float(), dim=1), F.normalize(target.float(), dim=1)
+        ids = torch.arange(len(pred), device=pred.device) + rows_before(len(pred)) if ids is None else ids
+        top1 = all_gather_grad(ids)[(p @ all_gather_grad(t).T).argmax(1)] == ids
+    return {"loss": loss, "n": len(pred), "top1": top1, "cosine": (p * t).sum(1)}
+
+match_step.negatives = lambda model, batch_size: (batch_size - 1) * any(k in model.loss for k in ("clip", "siglip"))
 
 @torch.inference_mode()
 def embed_trials(model, loader, device="cpu") -> tuple[np.ndarray, np.ndarray]:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['UniqueBatches', 'LayerMix', 'TargetQueue', 'queue_loss', 'ContrastModel', 'contrast_step']
 
-# %% ../../nbs/selfsup/64_contrast.ipynb #ce6137f3
+# %% ../../nbs/selfsup/64_contrast.ipynb #487b1369
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from ..core import SynapseError, rng
+from ..dist import all_gather_grad
 from ..models.match import MatchModel, clip_loss, match_loss
 
 # %% ../../nbs/selfsup/64_contrast.ipynb #948227db
@@ -68,7 +69,7 @@ class LayerMix(nn.Module):
         parts = [(f - getattr(self, f"mean{k}")) / getattr(self, f"scale{k}") @ getattr(self, f"proj{k}") for k, f in enumerate(self._check(features))]
         return F.normalize(sum(w * F.normalize(p, dim=1) for w, p in zip(self.weights, parts)), dim=1)
 
-# %% ../../nbs/selfsup/64_contrast.ipynb #cf905844
+# %% ../../nbs/selfsup/64_contrast.ipynb #55afdd8a
 class TargetQueue(nn.Module):
     "The latest `size` picture targets `(size, dim)` and their ids, as extra candidates for `queue_loss`. Source: He et al. 2020, MoCo (arXiv:1911.05722)."
     def __init__(self, dim: int, size: int = 1024):
@@ -84,16 +85,17 @@ class TargetQueue(nn.Module):
 
 def queue_loss(pred, target, ids, scale, queue: TargetQueue | None = None, normalise: str = "image") -> torch.Tensor:
     "Each trial ranks the pictures of its batch and those in `queue`; all entries with its id are positives. One-directional, as only the picture side has a memory."
-    p, t = (F.normalize(pred, dim=1) if normalise == "both" else pred), F.normalize(target, dim=1)
+    p, t, mine = (F.normalize(pred, dim=1) if normalise == "both" else pred), all_gather_grad(F.normalize(target, dim=1)), ids
+    ids = all_gather_grad(ids)
     full = queue is not None and (queue.ids >= 0).any()
     T, I = (torch.cat([t, F.normalize(queue.targets[queue.ids >= 0], dim=1)]), torch.cat([ids, queue.ids[queue.ids >= 0]])) if full else (t, ids)
-    same = (ids[:, None] == I[None]).float()
+    same = (mine[:, None] == I[None]).float()
     goal = same / same.sum(1, keepdim=True)
     loss = F.cross_entropy(scale * p @ T.T, goal) + torch.xlogy(goal, goal).sum(1).mean()
     if queue is not None and torch.is_grad_enabled(): queue.push(t, ids)
     return loss
 
-# %% ../../nbs/selfsup/64_contrast.ipynb #f30ab7e2
+# %% ../../nbs/selfsup/64_contrast.ipynb #69aa3fdf
 class ContrastModel(nn.Module):
     """A `MatchModel` whose target is a learnt mixture of layers, with remembered negatives.
 
@@ -115,5 +117,7 @@ def contrast_step(model, batch) -> dict:
     target, ids = m.target([batch[f"layer{k}"] for k in range(len(m.mix.dims))]), batch["image_id"]
     if m.loss == "queue": loss = queue_loss(pred, target, ids, m.match.scale, m.queue if model.training else None, m.normalise)
     else: loss = match_loss(m.loss, pred, target, m.match.scale, m.match.logit_bias, ids, m.normalise)
-    with torch.no_grad(): top1 = (ids[(F.normalize(pred, dim=1) @ target.T).argmax(1)] == ids).float().mean()
+    with torch.no_grad(): top1 = all_gather_grad(ids)[(F.normalize(pred, dim=1) @ all_gather_grad(target).T).argmax(1)] == ids
     return {"loss": loss, "n": len(ids), "top1": top1}
+
+contrast_step.negatives = lambda model, batch_size: batch_size - 1 + (len(model.queue.ids) if model.queue is not None else 0)

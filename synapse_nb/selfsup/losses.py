@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['masked_mse', 'nt_xent', 'consistency_loss']
 
-# %% ../../nbs/selfsup/61_losses.ipynb #1bf89e63
+# %% ../../nbs/selfsup/61_losses.ipynb #8d4374dc
 import torch
 import torch.nn.functional as F
 
 from ..core import SynapseError
-from ..dist import all_gather_grad, rank, world_size
+from ..dist import all_gather_grad, rows_before, world_size
 from ..models.match import clip_loss, cosine_loss, match_loss, siglip_loss
 
 # %% ../../nbs/selfsup/61_losses.ipynb #58e9a3ba
@@ -22,7 +22,7 @@ def masked_mse(pred, target, hidden) -> torch.Tensor:
     h = (hidden[:, None] if hidden.ndim == 2 else hidden).expand_as(target).to(pred.dtype)
     return ((pred - target)**2 * h).sum() / h.sum().clamp(min=1)
 
-# %% ../../nbs/selfsup/61_losses.ipynb #be041008
+# %% ../../nbs/selfsup/61_losses.ipynb #1ed734d9
 def nt_xent(a, b, temperature: float = 0.2) -> torch.Tensor:
     """Normalised-temperature cross-entropy between views `a` and `b`, `(batch, n_features)`; 2 (B - 1) negatives for each of the 2 B rows, over all ranks.
 
@@ -32,7 +32,7 @@ def nt_xent(a, b, temperature: float = 0.2) -> torch.Tensor:
     A, B = (a, b) if world_size() == 1 else (all_gather_grad(a), all_gather_grad(b))
     if len(A) < 2: raise SynapseError("nt_xent needs at least 2 trials a batch: one alone has no negatives.")
     all_views, mine, N = torch.cat([A, B]), torch.cat([a, b]), len(A)
-    me = torch.arange(n, device=a.device) + rank() * n
+    me = torch.arange(n, device=a.device) + rows_before(n)
     own, twin = torch.cat([me, me + N]), torch.cat([me + N, me])
     sim = (mine @ all_views.T / temperature).scatter(1, own[:, None], float("-inf"))
     return F.cross_entropy(sim, twin)

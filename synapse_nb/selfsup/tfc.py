@@ -46,7 +46,7 @@ def freq_augment(f, p: float = 0.1, amount: float = 0.1, kind: str = "power"):
     more = (torch.rand_like(f) < p) * torch.rand_like(f) * amount * f.abs().amax(2, keepdim=True)
     return torch.where(gone, low, f + more)
 
-# %% ../../nbs/selfsup/63_tfc.ipynb #26747d4b
+# %% ../../nbs/selfsup/63_tfc.ipynb #5e909cc4
 class TFCEncoder(nn.Module):
     "Windows `(batch, n_chans, n_times)` -> tokens of the time course, then of the spectrum, `(batch, n_tokens, d_model)`; works with `EncoderModel` and `MatchModel`."
     def __init__(self, n_chans: int, n_times: int, patch: int = 4, freq_patch: int = 4, d_model: int = 64, depth: int = 2, n_heads: int = 4, freq: str = "power"):
@@ -93,3 +93,5 @@ def tfc_step(model, batch) -> dict:
         z = [nn.functional.normalize(out[k], dim=1) for k in ("z_t", "z_f")]
         twin = ((z[0] @ z[1].T).argmax(1) == torch.arange(len(z[0]), device=z[0].device)).float().mean()
     return {"loss": out["loss"], "n": len(batch["x"]), "twin": twin}
+
+tfc_step.negatives = lambda model, batch_size: 2 * (batch_size - 1)

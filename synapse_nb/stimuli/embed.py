@@ -7,7 +7,7 @@ __all__ = ['content_hash', 'ClipProcessor', 'load_clip', 'make_tokenizer', 'make
            'blur_images', 'embed_images', 'embed_texts', 'ArrayDataset', 'clip_dataset', 'clip_step', 'Judge',
            'judge_pixels', 'make_judge', 'judge_dataset', 'judge_step']
 
-# %% ../../nbs/stimuli/06_embed.ipynb #2ce9dcf0
+# %% ../../nbs/stimuli/06_embed.ipynb #4742165f
 import hashlib
 import json
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..core import SynapseError, atomic_path, get_device
+from ..dist import all_gather_grad, world_size
 
 # %% ../../nbs/stimuli/06_embed.ipynb #39a9250f
 def content_hash(*parts) -> str:
@@ -190,7 +191,7 @@ def embed_texts(model, texts, batch_size: int = 512) -> np.ndarray:
     parts = [net.get_text_features(**processor.texts(texts[i:i + batch_size])).pooler_output for i in range(0, len(texts), batch_size)]
     return torch.cat(parts).float().numpy()
 
-# %% ../../nbs/stimuli/06_embed.ipynb #e80d7826
+# %% ../../nbs/stimuli/06_embed.ipynb #7363b81b
 class ArrayDataset(torch.utils.data.Dataset):
     "Arrays that share their first axis, as a dataset of dicts; a list of indices is fetched in one go (`__getitems__`)."
     def __init__(self, **arrays):
@@ -210,13 +211,18 @@ def clip_dataset(processor: ClipProcessor, images, captions) -> ArrayDataset:
     return ArrayDataset(pixel_values=processor.images(_check_images(images)), caption_id=ids.astype(np.int64), **processor.texts(captions))
 
 def clip_step(model, batch) -> dict:
-    "One training step of CLIP for the loop: symmetric cross-entropy whose targets are shared by equal captions; `top1` is picture -> caption in the batch."
+    "One training step of CLIP for the loop: symmetric cross-entropy whose targets are shared by equal captions; `top1` is picture -> caption in the batch. On several ranks the candidates are those of all ranks."
     out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=batch["pixel_values"])
-    same = batch["caption_id"][:, None] == batch["caption_id"][None]
+    images, texts = out.logits_per_image, out.logits_per_text
+    if world_size() > 1:
+        scale = model.logit_scale.exp()
+        images, texts = scale * out.image_embeds @ all_gather_grad(out.text_embeds).T, scale * out.text_embeds @ all_gather_grad(out.image_embeds).T
+    same = batch["caption_id"][:, None] == all_gather_grad(batch["caption_id"])[None]
     target = same / same.sum(1, keepdim=True)
-    loss = (F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text, target)) / 2
-    hit = same[torch.arange(len(same), device=same.device), out.logits_per_image.argmax(1)].float().mean()
-    return {"loss": loss, "n": len(same), "top1": hit.detach()}
+    loss = (F.cross_entropy(images, target) + F.cross_entropy(texts, target)) / 2
+    return {"loss": loss, "n": len(same), "top1": same[torch.arange(len(same), device=same.device), images.argmax(1)]}
+
+clip_step.negatives = lambda model, batch_size: batch_size - 1
 
 # %% ../../nbs/stimuli/06_embed.ipynb #47719b81
 class Judge(nn.Module):

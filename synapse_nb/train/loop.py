@@ -275,14 +275,15 @@ class Run:
             raise SynapseError('step(model, batch) must return {"loss": mean over the batch, "n": number of samples, …}.')
         return out
 
-# %% ../../nbs/train/28_loop.ipynb #f540767e
+# %% ../../nbs/train/28_loop.ipynb #7232e4e8
 def describe(run: Run) -> str:
-    "One line: ranks, the global batch, each rank's share of it, accumulation, how the model is spread, and for a step with `contrastive = True` the negatives each sample meets."
+    "One line: ranks, the global batch, each rank's share of it, accumulation, how the model is spread, and where the step has `negatives(model, batch_size)` how many contrastive ones each sample meets."
     size = getattr(getattr(run.train.loader, "batch_sampler", None), "batch_size", None)
     if not size: return f"{world_size()} rank(s), parallel {run.parallel}"
     step = getattr(run.wrapped, "module", run.wrapped).step
+    negatives = step.negatives(run.model, size) if hasattr(step, "negatives") else 0
     return (f"{world_size()} rank(s), global batch {size * run.accumulate}, {size / world_size():g} on each" + f" x {run.accumulate} accumulated" * (run.accumulate > 1) + f", parallel {run.parallel}"
-            + f", {size - 1} contrastive negatives" * bool(getattr(step, "contrastive", False)))
+            + f", {negatives} contrastive negatives" * (negatives > 0))
 
 # %% ../../nbs/train/28_loop.ipynb #6f2ceed8
 def add_sums(sums: dict, out: dict, n: float) -> None:
