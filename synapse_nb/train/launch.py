@@ -19,7 +19,7 @@ from ..core import SynapseError, check_file
 from ..dist import close, init_from_env, is_main, rank, run_ranks, world_size
 from .loop import ALWAYS, Callback, History, Run, describe, fit
 
-# %% ../../nbs/train/81_launch.ipynb #e09cefd4
+# %% ../../nbs/train/81_launch.ipynb #57ced9ae
 class LiveRows(Callback):
     "Rank 0 reports progress as lines for `launch` to read: `@step {…}` about four times a second, `@row {…}` after each training epoch."
     order, says_batch = 60, True
@@ -73,7 +73,7 @@ class Screen:
         if "ipykernel" not in sys.modules: return
         from html import escape
         from IPython.display import HTML, display
-        html = HTML(f'<div><progress value="{share:.4f}" max="1" style="width:320px"></progress><pre style="margin:0">{escape(text)}</pre>{curves_svg(self.history)}</div>')
+        html = HTML(f'<div><progress value="{share:.4f}" max="1" style="width:320px"></progress><div style="font-family:monospace">{escape(text)}</div>{curves_svg(self.history)}</div>')
         if self.handle is None: self.handle = display(html, display_id=True)
         else: self.handle.update(html)
 
