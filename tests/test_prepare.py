@@ -185,6 +185,22 @@ def test_real_kit(test_data, tmp_path):
     assert np.abs(open_store(p.path).events["sample"].to_numpy()[:2] - [274, 1557]).max() <= 2
 
 
+def test_real_kit_and_ctf_without_a_word(test_data, tmp_path):
+    "No table, no option: pulses of a KIT's analogue lines are the events, each by its line's name; a CTF of two seconds without a trigger has no trial, and that is said; options of the reader come with --set."
+    from synapse_nb.apps.cli import main
+    copy(test_data / "kit/test.sqd", tmp_path / "kit/test.sqd")
+    assert main(["prepare", "folder", str(tmp_path / "kit"), "--out", str(tmp_path / "a"), "--preset", PLAIN]) == 0
+    ev = open_store(next((tmp_path / "a").glob("*.h5"))).events
+    assert ev.value.tolist() == ["MISC 001", "MISC 032"] * 2 and np.abs(ev["sample"].to_numpy() - [269, 274, 1553, 1557]).max() <= 2
+    assert main(["prepare", "folder", str(tmp_path / "kit"), "--out", str(tmp_path / "b"), "--preset", PLAIN, "--set", "trigger=MISC 032"]) == 0
+    assert np.abs(open_store(next((tmp_path / "b").glob("*.h5"))).events["sample"].to_numpy()[:2] - [274, 1557]).max() <= 2
+    assert main(["prepare", "folder", str(tmp_path / "kit"), "--set", "triger=x"]) == 1
+    import shutil
+    shutil.copytree(test_data / "ctf_short/testdata_ctf_short_discontinuous.ds", tmp_path / "ctf/testdata_ctf_short_discontinuous.ds")
+    p, = prepare(get_study("folder", tmp_path / "ctf"), tmp_path / "store", PLAIN, progress=False)
+    assert p.n_trials == 0 and len(open_store(p.path).events) == 0 and open_store(p.path).ch_types.count("mag") == 273 and "stored without trials" in p.warnings[0]
+
+
 def test_real_ctf_and_brainvision_and_bids(test_data, tmp_path):
     import shutil
     shutil.copytree(test_data / "ctf_short/testdata_ctf_short_discontinuous.ds", tmp_path / "ctf/testdata_ctf_short_discontinuous.ds")

@@ -45,7 +45,7 @@ def _inspect(a):
         found = inspect_path(p)
         print(json.dumps(found.to_dict(), indent=1, default=str) if a.json else found)
 
-# %% ../../nbs/apps/93_cli.ipynb #d2d5fc57
+# %% ../../nbs/apps/93_cli.ipynb #9c160eb5
 def _fetch(a):
     from synapse_nb.studies.fetch import fetch
     rows = fetch(a.study, a.out or f"data/{a.study}", a.subjects, a.sessions, dry_run=a.dry_run, base=a.mirror)
@@ -53,7 +53,15 @@ def _fetch(a):
 
 def _prepare(a):
     from synapse_nb.train.recipes import run_prepare
-    run_prepare(a.study, a.root, a.out, preset=a.preset, jobs=a.jobs, subjects=a.subjects, sessions=a.sessions, force=a.force)
+    run_prepare(a.study, a.root, a.out, preset=a.preset, jobs=a.jobs, subjects=a.subjects, sessions=a.sessions, force=a.force, options=dict(map(_option, a.set)))
+
+def _option(text: str) -> tuple:
+    "`trigger=MISC 001` -> ('trigger', 'MISC 001'); numbers, true, false and {...} as JSON says them."
+    import json
+    name, found, value = text.partition("=")
+    if not found: raise SynapseError(f"--set {text!r}: write it as name=value.")
+    try: return name, json.loads(value)
+    except json.JSONDecodeError: return name, value
 
 def _align(a):
     from synapse_nb.data.align import align_files
@@ -77,7 +85,7 @@ def _audit(a):
     if a.report: print(f"written: {audit_report(result).save(a.report)}")
     if result.exit_code: raise SynapseError(f"audit: {result.verdict}")
 
-# %% ../../nbs/apps/93_cli.ipynb #ee3353db
+# %% ../../nbs/apps/93_cli.ipynb #e4868c83
 def _command(sub, name: str, func, help: str, *args):
     "Add a command; each of `args` is (flags, options)."
     p = sub.add_parser(name, help=help, description=help)
@@ -113,7 +121,8 @@ def make_parser() -> argparse.ArgumentParser:
              ("--sessions", dict(nargs="*", default=None)), ("--out", dict(default=None, help="folder (default: data/STUDY)")), ("--dry-run", dict(action="store_true", help="only say what it would be")), ("--mirror", dict(default=None, metavar="URL", help="a server with the same listing")))
     _command(sub, "prepare", _prepare, "a study's recordings into the store", ("study", {}), ("root", {}), ("--out", dict(default="store")),
              ("--preset", dict(default=None, help="name or text of the preprocessing pipeline")), ("--jobs", dict(type=int, default=1)),
-             ("--subjects", dict(nargs="*", default=None)), ("--sessions", dict(nargs="*", default=None)), FORCE)
+             ("--subjects", dict(nargs="*", default=None)), ("--sessions", dict(nargs="*", default=None)), FORCE,
+             ("--set", dict(action="append", default=[], metavar="NAME=VALUE", help="an option of the study's reader: trigger, codes, columns, images, …")))
     _command(sub, "align", _align, "which sample saw which event, and how sure", ("recording", {}), ("events", {}),
              ("--channel", dict(nargs="+", default=None, help="channel that carries the pulses; several single-bit lines make a code; 'annotations' for markers")),
              ("--column", dict(default=None, help="column of the onsets")), ("--lag", dict(type=float, default=None, metavar="MS", help="lag of the recording behind the log, where it is known")), ("--out", dict(default=None, metavar="TSV", help="the events with corrected onsets")),

@@ -7,7 +7,7 @@ __all__ = ['shown_rows', 'align_events', 'PreparedRecording', 'source_hash', 'pr
            'prepare', 'prepared_table', 'read_prepared', 'write_prepared', 'list_sessions', 'prepare_session',
            'prepare_task']
 
-# %% ../../nbs/studies/27_prepare.ipynb #42d75da8
+# %% ../../nbs/studies/27_prepare.ipynb #606660e1
 import json
 import re
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,7 +22,7 @@ from ..core import SynapseError, atomic_path, file_hash, log, progress as progre
 from ..data.align import align
 from ..data.preprocess import Pipeline
 from ..data.store import channels_of, open_store, store_path, write_store
-from .study import Recording, Study, check_events
+from .study import EVENT_COLUMNS, NoEvents, Recording, Study, check_events
 
 # %% ../../nbs/studies/27_prepare.ipynb #77f152b9
 def shown_rows(events: pd.DataFrame, kind: str = "photodiode") -> np.ndarray:
@@ -61,7 +61,7 @@ def _correct(out: pd.DataFrame, at: np.ndarray, best: str, done: dict, summary: 
     if best == "photodiode" and "digital" in done and done["digital"].verdict != "refused": summary["delay"] = float(a.to_recording(middle) - done["digital"].to_recording(middle))
     return out.assign(onset=onset, onset_uncertainty=unc, onset_source=best), summary
 
-# %% ../../nbs/studies/27_prepare.ipynb #e9934a39
+# %% ../../nbs/studies/27_prepare.ipynb #7439f66d
 @dataclass
 class PreparedRecording:
     "One recording in the store: `path`; the `alignment` summary; `n_trials` in it; `warnings`; `made` False when it was there already."
@@ -81,7 +81,7 @@ class PreparedRecording:
 
     def to_dict(self) -> dict: return asdict(self)
 
-_VERSION = 3            # of what happens between reading and storing: a change here makes new stores
+_VERSION = 4            # of what happens between reading and storing: a change here makes new stores
 
 def source_hash(rec: Recording, *more) -> str:
     "The hash of every file that a recording consists of (BrainVision's three, a whole `.ds`), of its events table, and of `more`."
@@ -108,13 +108,17 @@ def prepare_recording(study: Study, rec: Recording, out, pipeline: str | Pipelin
         return _make(study, rec, path, side, pipe, jobs, figure, allow_refused, show)
     except SynapseError as e: raise e if str(rec.key) in str(e) else SynapseError(f"{rec.key}: {e}") from None
 
-# %% ../../nbs/studies/27_prepare.ipynb #f850f7c8
+# %% ../../nbs/studies/27_prepare.ipynb #b841e4eb
 def _make(study: Study, rec: Recording, path: Path, side: Path, pipe: Pipeline, jobs: int, figure: bool, allow_refused: bool, show: bool) -> PreparedRecording:
     "`prepare_recording` for a recording that is not there yet."
     raw = study.read_raw(rec); study._size.setdefault(rec.key, (float(raw.info["sfreq"]), raw.n_times/float(raw.info["sfreq"])))
-    events = study.read_events(rec); stim = study.stimuli(); check_events(events, rec, study.size(rec)[1], None if stim is None else set(stim.table.image))
     warn = list(getattr(raw, "synapse_notes", []))
-    try: events, summary = align_events(events, study.pulses(rec, raw))
+    try: events = study.read_events(rec)
+    except NoEvents as e:
+        if not study.unmarked: raise
+        warn.append(f"{e} It is stored without trials."); events = pd.DataFrame(columns=EVENT_COLUMNS).astype({"onset": float, "sample": int, "duration": float})
+    stim = study.stimuli(); check_events(events, rec, study.size(rec)[1], None if stim is None else set(stim.table.image))
+    try: events, summary = align_events(events, study.pulses(rec, raw) if len(events) else {})
     except SynapseError as e:
         if not allow_refused: raise SynapseError(f"{rec.key}: {e}. Look at the recording with `synapse inspect`, or pass allow_refused=True to keep the table's onsets.") from None
         summary = {"verdict": "refused", "reason": str(e)}; warn.append(f"alignment refused ({e}); the table's onsets are kept"); events = events.assign(onset_scheduled=events.onset, onset_uncertainty=np.nan)
