@@ -5,11 +5,18 @@
 A session is a trigger or photodiode trace at 1 kHz, made from the instants at which the light changed (the truth), and the log of when each
 picture or pulse frame was expected. Faults are drawn from a grid. *Before anything is aligned* the generator says from the faults alone
 whether the session is recoverable: "yes", "no", or "open". Open means that both answers are right, though a wrong frame never is: more than 10 %
-lost or extra, or an evenly spaced train one of whose ends rests on a pulse that may itself be among the lost ones. (With 5 % lost, the first pulse
-after a silence is the second one in one session of twenty; nothing in the recording says so. Whoever accepts those is wrong in 5 % of them.)
+lost or extra; an evenly spaced train one of whose ends rests on a pulse that may itself be among the lost ones (with 5 % lost, the first pulse
+after a silence is the second one in one session of twenty; nothing in the recording says so: whoever accepts those is wrong in 5 % of them);
+a clock reset by whole intervals of an even train, or with fewer than four pictures or two whole breaks to tell a side of it; fewer than 20 pulses
+with unequal gaps.
+
+Three faults are not drawn, because nobody could see them: they leave sample for sample the recording of another session, whose truth is another one
+and which counts as recoverable. Of an evenly spaced train of which an end was cut: another session's log (it only has another length, or other ids, and
+those were cut off); a clock reset by whole intervals; a burst of losses over an end. The log stays whole, the jump is moved off the beat, the burst away from the ends.
 
 Every frame that the recording holds is scored. Frames that fell into dropped samples have no instant in the recording, and are not. Where a clock was
-reset, the frames between the last pulse before and the first one after it may be declared unknown, which is counted; anywhere else that is an error.
+reset, the frames between the third-last pulse before and the third one after it may be declared unknown, which is counted (all of an even series, when
+the jump is a whole number of its intervals); anywhere else that is an error.
 The naive way is a fixed threshold (half-way) and matching by position when the counts agree.
 Nothing here shares a constant with the aligner.
 """
@@ -71,7 +78,9 @@ def simulate(seed: int) -> Session:
     f |= dict(burst=float(r.uniform(1, 10)) if r.random() < .15 else 0., ends=str(r.choice(["", "start", "end", "both"], p=[.64, .12, .12, .12])), flipped=bool(r.random() < .3), wander=float(r.uniform(.5, 4)) if r.random() < .25 else 0.,
               rise=int(r.choice([1, 3])), unequal=float(r.choice([0, .2])), offset=float(r.choice([0, 5, -2.])), scale=float(r.choice([1, 4.3, .05])),
               reset=float(r.choice([-1, 1])*r.uniform(.02, 2)) if r.random() < .08 else 0., rate=bool(kind.endswith("film") and r.random() < .08), swapped=bool(r.random() < .06))
-    if f["swapped"]: f["rate"], f["reset"] = False, 0.
+    if f["swapped"]:
+        f["rate"], f["reset"] = False, 0.
+        if kind == "bare film" or (kind == "film" and f["ends"] in ("start", "both")): f["ends"] = ""      # without an end and without ids nobody can tell one even film from another
     e, first, frame = _expected(kind, r, seconds); true_e = e.copy()
     if f["rate"]: true_e = e*(29.97002997/25 if abs(1/frame - 29.97) < .1 else 25/29.97002997)
     shown, shown_first = (true_e, first)
@@ -79,7 +88,7 @@ def simulate(seed: int) -> Session:
     lead, tail = r.uniform(.5, 4), r.uniform(.5, 4); slope = 1 + f["drift"]*1e-6
     light = lead + slope*(shown - shown[0]) + r.uniform(0, 1, len(shown))*f["jitter"]
     width = min(.5*float(np.median(np.diff(shown))), .05); lost = r.random(len(shown)) < f["lost"]
-    if f["burst"]: b = r.uniform(light[0], light[-1]); lost |= (light > b) & (light < b + f["burst"])
+    if f["burst"]: b = _where(r.uniform(), kind, f, light, shown_first); lost |= (light > b) & (light < b + f["burst"])
     stop = light[-1] + tail; extra = np.sort(r.uniform(0, stop, int(round(f["extra"]*len(shown)))))
     on, off, open_ = _union(np.r_[light[~lost], extra], np.r_[light[~lost] + width, extra + r.uniform(.005, .02, len(extra))])
     seen = np.zeros(len(shown), bool); seen[np.flatnonzero(~lost)] = open_[: int((~lost).sum())]
@@ -88,13 +97,17 @@ def simulate(seed: int) -> Session:
     inside = (light > t0 + .05) & (light < t1 - .05); n = int((t1 - t0)*FS); between = None if frame is None else lead + slope*(shown + (frame if not f["rate"] else frame*float(np.median(np.diff(shown))/np.median(np.diff(e)))) - shown[0]) + r.uniform(0, 1, len(shown))*f["jitter"]
     hidden = np.zeros(len(shown), bool)
     if f["reset"]:                                                             # samples dropped (< 0) or blank samples put in
-        at = r.uniform(.3, .7)*(light[-1] - light[0]) + light[0]; at = float(np.clip(at, t0 + .1, t1 - .1)); c = f["reset"]
+        at = r.uniform(.3, .7)*(light[-1] - light[0]) + light[0]; at = float(np.clip(at, t0 + .1, t1 - .1)); period = float(np.median(np.diff(shown))); beat = abs(abs(f["reset"])/period - round(abs(f["reset"])/period))*period
+        f["on_beat"] = bool(kind != "pictures" and beat < 3*f["jitter"] + .003)
+        if f["on_beat"] and kind.endswith("film") and f["ends"]: f["reset"] += .3*period*np.sign(f["reset"]); f["on_beat"] = False            # by whole intervals it would leave no trace at all
+        c = f["reset"]
         gone = lambda t: (t >= at) & (t < at - c) if c < 0 else np.zeros(len(t), bool)
         seen &= ~gone(light); inside_reset = gone(light); move = lambda t: np.where(t >= at, t + c, t)
         if (k := np.flatnonzero((on < at) & (off > at))).size: off[k] = at - .001
         ok = ~gone(on); on, off = move(on[ok]), move(off[ok]); hit = np.abs(light - at) < width + .01
         f["reset_lost"] = int((inside_reset | ((lost | ~seen) & (np.abs(light - at) < abs(c) + 3*np.median(np.diff(shown))))).sum() + (hit & ~seen).sum())
-        k = np.flatnonzero(seen & inside); hidden = _around(light, light[k], at)
+        k = np.flatnonzero(seen & inside); hidden = _around(light, light[k], at); f["anchors"] = _anchors(light, seen & inside, inside, at); f["poorer"] = int(min((light[k] < at).sum(), (light[k] >= at).sum()))
+        if f["on_beat"]: hidden |= _same_series(light, at)
         light = move(light); between = None if between is None else move(between); stop += c; t1 = t1 + c if t1 > at else t1; n = int((t1 - t0)*FS); inside &= ~inside_reset
     ok = (off > t0) & (on < t1); x = _trace(r, on[ok] - t0, off[ok] - t0, n, f)
     answer, why = _recoverable(kind, f, first, inside, seen, light, e, frame)
@@ -106,18 +119,39 @@ def _around(light, pulses, at, n=3):
     before, after = pulses[pulses < at], pulses[pulses >= at]
     return (light > (before[-n] if len(before) >= n else -np.inf)) & (light < (after[n - 1] if len(after) >= n else np.inf))
 
+def _where(u, kind, f, light, first):
+    "When a burst of losses begins, `u` in 0..1: anywhere; in an even train of which an end is cut, not over an end (there it would leave no trace: the train would just begin later or end sooner)."
+    a, b = light[0], light[-1]; span = b - a
+    if not kind.endswith("film") or not f["ends"]: return a + u*span
+    lo = a + .3*span if f["ends"] != "end" else light[first]; hi = b - .3*span if f["ends"] != "start" else b
+    return lo + 1 + u*(hi - lo - 2 - f["burst"])
+
+def _same_series(light, at):
+    "Expected in the same unbroken series as the instant `at`: a jump by whole intervals shows only at the series' next break."
+    g = np.r_[0, np.cumsum(np.diff(light) > 1.5*np.median(np.diff(light)))]; k = int(np.clip(np.searchsorted(light, at), 1, len(light) - 1))
+    return (g == g[k]) | (g == g[k - 1])
+
+def _anchors(light, got, inside, at):
+    "What anchors the poorer side of a reset: breaks (gaps that differ from the usual one) whose both pulses were seen, and the outer end of the train."
+    d = np.diff(light); wide = np.flatnonzero(d > 1.5*np.median(d)); wide = wide[got[wide] & got[wide + 1]]
+    return int(min((light[wide + 1] < at).sum() + bool(inside[0]), (light[wide] > at).sum() + bool(inside[-1])))
+
 def _recoverable(kind, f, first, inside, seen, light, e, frame):
     "From the faults alone: can anyone know which pulse is which?"
     if f["swapped"]: return "no", "another session's log"
     got = seen & inside
-    if got.sum() < 20: return "no", "next to nothing recorded"
-    even = kind.endswith("film"); cut_start, cut_end = not inside[0], not inside[-1]
+    even = kind.endswith("film")
+    if got.sum() < 20: return ("no", "next to nothing recorded") if even else ("open", "fewer than 20 pulses, of unequal gaps")
+    cut_start, cut_end = not inside[0], not inside[-1]
     anchored = kind in ("pictures", "rapid") or (kind == "film" and not cut_start)
     clean = f["lost"] == 0 and f["extra"] == 0 and not f["burst"]
     heavy = f["lost"] > .1 or f["extra"] > .1
     if even and f["reset"]:
         if cut_start or cut_end: return "no", "an even train with a clock reset and an end missing: nothing anchors that side of the reset"
+        if f["on_beat"]: return "open", "an even train across a clock reset by whole intervals, which looks like lost pulses"
         return ("yes", "a clock reset between two whole ends") if clean and got[0] and got[-1] else ("open", "an even train across a clock reset, and an end may have lost a pulse")
+    if kind == "pictures" and f["reset"] and f["poorer"] < 4: return "open", "a clock reset so near a cut end that fewer than four pulses stand beyond it"
+    if kind == "rapid" and f["reset"] and (f["anchors"] < 2 or f["on_beat"]): return "open", "a clock reset among even series, and a side of it with fewer than two whole breaks, or a jump by whole intervals"
     if anchored and kind == "film" and not got[: first].sum() >= .8*first: return "open", "most id pulses were lost"
     if anchored: return ("open", "more than 10 % lost or extra") if heavy else ("yes", "anchored")
     if cut_start and cut_end: return "no", "an even train with both ends gone"
@@ -140,7 +174,7 @@ def run(seed: int) -> dict:
     row = dict(seed=seed, kind=s.kind, recoverable=s.recoverable, why=s.why, verdict=a.verdict, reason=a.reason, find_s=t1 - t, align_s=took, n=len(s.expected), jitter=s.faults["jitter"], faults=s.faults)
     if a.verdict != "refused":
         on, unc = a.corrected_onsets(); known = np.isfinite(unc); m = s.inside & known; err = np.abs(on - s.truth)
-        row |= dict(unknown=int((s.inside & ~known).sum()), unknown_wrongly=int((s.inside & ~known & ~s.hidden).sum()), frames=int(s.inside.sum()))
+        row |= dict(unknown=int((s.inside & ~known).sum()), unknown_wrongly=int((s.inside & ~known & ~s.hidden).sum()), frames=int(s.inside.sum()), rival=a.rival)
         row |= dict(seen=err[m & s.seen], unseen=err[m & ~s.seen], covered=(err <= unc)[m & ~s.seen], worst=float(np.nanmax(err[m]/s.frame)) if m.any() else np.inf)
         if s.between is not None:
             ok = m & (np.r_[np.diff(s.expected) < 2.5*s.frame, False]) & np.isfinite(s.between); u2 = a.uncertainty_at(s.expected + s.frame); ok &= np.isfinite(u2); e2 = np.abs(a.to_recording(s.expected + s.frame) - s.between)[ok]

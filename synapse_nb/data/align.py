@@ -157,10 +157,10 @@ def _track(o, e, slope, lags, near, cost=16., resets=6):
         stop, k = first, int(tables[r - 1][:, first].argmax())
     return [s for s in [_Segment(slope, lags[k], 0, stop)] + out[::-1] if s.stop > s.first]
 
-# %% ../../nbs/data/12_align.ipynb #9b9fa3f3
+# %% ../../nbs/data/12_align.ipynb #45f4e75c
 _BURST = -2.       # log-probability that a recording has a burst of losses, however long; it may begin anywhere
 _END = -6.5        # … that the line is silent at an end though the recording was running
-_RESET = -8.       # … of a clock reset
+_RESET = -8.       # … of a clock reset; it may happen at any expected time
 _JUMP = 20.        # s: a reset may jump anywhere in this range, so that landing on the beat by chance has its price
 _CUT = -1.         # … of a recording that began late or stopped early
 _OVERLAP = -20.    # … of each expected time that two clocks claim
@@ -184,20 +184,23 @@ def _pairs(o, e, segs, tol):
     I, J = [], []
     for s, g in enumerate(segs):
         p = g.lag + g.slope*e
-        low = -np.inf if s == 0 else o[g.first] - tol
-        high = np.inf if s == len(segs) - 1 else o[g.stop - 1] + tol
+        part = o[g.first:g.stop]
+        if len(segs) > 1 and len(k := _match(part, p, tol)[1]): part = part[k.min():k.max() + 1]      # the clock holds at least from its first to its last match
+        low = -np.inf if s == 0 else part[0] - tol
+        high = np.inf if s == len(segs) - 1 else part[-1] + tol
         own = (p >= low) & (p <= high)
         conflict += int((own & (owner >= 0)).sum()); own &= owner < 0
         k = np.flatnonzero(own); i, j = _match(o[g.first:g.stop], p[own], tol)
         I.append(k[i]); J.append(j + g.first); owner[own] = s; pred[own] = p[own]
     return np.concatenate(I), np.concatenate(J), owner, pred, conflict
 
+# %% ../../nbs/data/12_align.ipynb #842402e5
 def _runs_of(mask):
     "(first, length) of the stretches of True."
     d = np.diff(np.r_[0, mask.astype(np.int8), 0]); a = np.flatnonzero(d == 1)
     return a, np.flatnonzero(d == -1) - a
 
-# %% ../../nbs/data/12_align.ipynb #2a5815a8
+# %% ../../nbs/data/12_align.ipynb #e29d6267
 def _density(res, near):
     "Log-density of residuals within `near`: Gaussian for a few, a smoothed histogram (bins that widen outwards) for many."
     if len(res) < 40:
@@ -225,21 +228,24 @@ def _evidence(c, segs) -> float:
     i, j, owner, pred, conflict = _pairs(c.o, c.e, segs, c.near)
     seen = np.zeros(len(c.e), bool); seen[i] = True
     ll = c.density(c.o[j] - pred[i]).sum() + len(i)*np.log1p(-c.p_lost) + (len(c.o) - len(j))*np.log(c.rate)
-    ll += _losses(c, seen, owner, pred) + (_RESET + np.log(min(2*c.near/_JUMP, 1.)))*(len(segs) - 1) + _OVERLAP*conflict
+    ll += _losses(c, seen, owner, pred) + (_RESET - np.log(len(c.e)) + np.log(min(2*c.near/_JUMP, 1.)))*(len(segs) - 1) + _OVERLAP*conflict
     return float(ll if c.prior is None else ll - .5*((segs[0].lag - c.prior[0])/c.prior[1])**2)
 
+# %% ../../nbs/data/12_align.ipynb #f1d58a52
 def _settle(c, segs, near):
     "The case as a reading sees it at one tolerance: rates of lost and extra pulses, density of residuals; None when it matches nothing."
     i, j, owner, pred, _ = _pairs(c.o, c.e, segs, near)
     if len(i) < 2: return None
     seen = np.zeros(len(c.e), bool); seen[i] = True
     core = np.zeros(len(c.e), bool); core[i.min():i.max() + 1] = True
-    _, n = _runs_of(~seen & core & (owner >= 0)); lost = n[n < 6].sum()
+    stray = c.o[~np.isin(np.arange(len(c.o)), j)]; gone = ~seen & core & (owner >= 0); k = np.flatnonzero(gone)
+    if len(k) and len(stray): gone[k] = np.abs(stray[_nearest(pred[k], stray)] - pred[k]) > min(3*near, .3*_typical(c.e))       # a pulse that is badly timed is not lost
+    _, n = _runs_of(gone); lost = n[n < 6].sum()
     p = (lost + .5)/(len(i) + lost + 1)
     rate = (len(c.o) - len(j) + .5)/max(c.o[-1] - c.o[0], 1e-9)
     return replace(c, near=near, p_lost=float(p), rate=float(rate), density=_density(c.o[j] - pred[i], near))
 
-# %% ../../nbs/data/12_align.ipynb #e3bfc407
+# %% ../../nbs/data/12_align.ipynb #36bc89b8
 def _one_clock(c, segs, near):
     "Segments share one clock ratio: fit it over all of them, then each one's lag."
     for _ in range(3):
@@ -270,24 +276,10 @@ def _settled(c, segs, limit):
         near = float(np.clip(6*sd, .003, limit))
     return _settle(c, segs, float(np.clip(1.5*np.quantile(res, .98) + 5e-4, .003, max(limit, .003))))
 
-def _first_reading(c, ratio, tol, limit):
-    "A reading at one clock ratio: (segments, the case as it sees it, votes for all lags); None when nothing matches."
-    slope, seeds, sd = _clock(c.o, c.e, ratio, tol, c.max_drift)
-    table = _votes(c.o, c.e, slope, tol)
-    lags = _centred(c.o, c.e, slope, [*seeds, *_peaks(*table, tol, 16), *_end_lags(c.o, c.e, slope)], tol)
-    segs = _one_clock(c, _track(c.o, c.e, slope, lags, float(np.clip(6*sd, .003, tol))), tol)
-    c = _settled(c, segs, min(1.5*tol, limit))
-    return None if c is None else (segs, c, table)
-
-# %% ../../nbs/data/12_align.ipynb #eb11f991
-_CERTAIN = 5.      # all rivals together must be less probable than e**-5 = 0.7 % of the best reading
-_LOOSE = 6.        # … also if single pulses scatter this many times as far as they seem to
-
-def _thin(lags, votes, apart):
-    "The best lag of each group of neighbours."
-    if not len(lags): return []
-    group = np.cumsum(np.r_[0, np.diff(lags) > apart]); order = np.lexsort((votes, group))
-    return lags[order[np.r_[np.diff(group[order]) > 0, True]]].tolist()
+# %% ../../nbs/data/12_align.ipynb #1afcf502
+def _is_even(e) -> bool:
+    "An evenly spaced train, up to a few gaps."
+    p = _typical(e); return bool(np.mean(np.abs(np.diff(e) - p) < .02*p) > .8)
 
 def _on_beat(c, g):
     "Pulses that lie on the beat of an even train (all of an uneven one), so that stray ones at the ends do not count as ends."
@@ -298,9 +290,41 @@ def _on_beat(c, g):
     on = np.abs(q - np.round(q))*p < max(c.near, .003)
     return c.o[on] if on.sum() > 6 else c.o
 
-def _is_even(e) -> bool:
-    "An evenly spaced train, up to a few gaps."
-    p = _typical(e); return bool(np.mean(np.abs(np.diff(e) - p) < .02*p) > .8)
+def _lags_elsewhere(c, segs, tol, near):
+    "Lags of the stretches that the longest segment does not explain, from their own votes: among all pulses, steps of the main lag by whole intervals have more."
+    g = max(segs, key=lambda g: g.stop - g.first); hit = np.zeros(len(c.o)); hit[_match(c.o, g.lag + g.slope*c.e, near)[1]] = 1
+    if len(c.o) < 30 or hit.mean() > .98: return []
+    a, n = _runs_of(np.convolve(hit, np.ones(15)/15, "same") < .5); long = np.argsort(-n)[:4]
+    return [q for k in long if n[k] >= 10 for q in _peaks(*_votes(c.o[a[k]:a[k] + n[k]], c.e, g.slope, tol), tol, 6)]
+
+def _first_reading(c, ratio, tol, limit):
+    "A reading at one clock ratio: (segments, the case as it sees it, votes for all lags); None when nothing matches."
+    slope, seeds, sd = _clock(c.o, c.e, ratio, tol, c.max_drift)
+    table = _votes(c.o, c.e, slope, tol)
+    lags = _centred(c.o, c.e, slope, [*seeds, *_peaks(*table, tol, 16), *_end_lags(c.o, c.e, slope)], tol)
+    near = float(np.clip(6*sd, .003, tol)); segs = _track(c.o, c.e, slope, lags, near)
+    if more := _lags_elsewhere(c, segs, tol, near): segs = _track(c.o, c.e, slope, _centred(c.o, c.e, slope, [g.lag for g in segs] + more + lags, tol), near)
+    segs = _one_clock(c, segs, tol)
+    best = [(q, s) for s in ([segs, _whole_ends(c, segs)] if len(segs) > 1 and _is_even(c.e) else [segs]) if (q := _settled(c, s, min(1.5*tol, limit))) is not None]
+    if not best: return None
+    c, segs = max(best, key=lambda b: _evidence(*b)) if len(best) > 1 else best[0]
+    return segs, c, table
+
+def _whole_ends(c, segs):
+    "The same clocks, moved so that the first pulse is the first expected and the last the last: in an even train any other multiple fits as well."
+    a, b = segs[0], segs[-1]; d = float(_on_beat(replace(c, o=c.o[a.first:a.stop]), a)[0] - a.slope*c.e[0]), float(_on_beat(replace(c, o=c.o[b.first:b.stop]), b)[-1] - b.slope*c.e[-1])
+    return [_Segment(a.slope, d[0], a.first, a.stop), *segs[1:-1], _Segment(b.slope, d[1], b.first, b.stop)]
+
+# %% ../../nbs/data/12_align.ipynb #f8fb640f
+_CERTAIN = 6.      # all rivals together must be less probable than e**-6 = 0.25 % of the best reading
+_WHOLE = 5.        # … where a reset clock lost nothing elsewhere: the odds count on half a lost pulse, and are a lower limit
+_LOOSE = 6.        # … also if single pulses scatter this many times as far as they seem to
+
+def _thin(lags, votes, apart):
+    "The best lag of each group of neighbours."
+    if not len(lags): return []
+    group = np.cumsum(np.r_[0, np.diff(lags) > apart]); order = np.lexsort((votes, group))
+    return lags[order[np.r_[np.diff(group[order]) > 0, True]]].tolist()
 
 def _other_lags(c, g, table, most=60):
     "Other lags for a reading of one clock, with weights: near ones, and (a sample of) all that match about as many pulses."
@@ -315,7 +339,7 @@ def _other_lags(c, g, table, most=60):
     some = far if len(far) <= most else [far[q] for q in np.linspace(0, len(far) - 1, most).astype(int)]
     return [(q, 1.) for q in close if abs(q - g.lag) > .4*p] + [(q, len(far)/len(some)) for q in some]
 
-# %% ../../nbs/data/12_align.ipynb #32a3f4fd
+# %% ../../nbs/data/12_align.ipynb #6a010e6b
 def _hidden_resets(c, g, tol):
     "Readings with two clocks instead of one and a long silence."
     i, _ = _match(c.o, g.lag + g.slope*c.e, c.near); pred = g.lag + g.slope*c.e
@@ -327,20 +351,44 @@ def _hidden_resets(c, g, tol):
     before, after = ([g.lag, *_peaks(*_votes(part, c.e, g.slope, tol), tol, 8)] for part in (c.o[:k], c.o[k:]))
     return [[_Segment(g.slope, p, 0, k), _Segment(g.slope, q, k, len(c.o))] for p in before for q in after if abs(p - q) > .5*tol]
 
+def _jumped_holes(c, g, most=8):
+    "Readings of an even train in which a hole is a jump of the clock by whole intervals, where a pulse goes on in step beyond an end."
+    p = _typical(c.e)*g.slope; pred = g.lag + g.slope*c.e; out = []
+    if not _is_even(c.e) or min(np.abs(c.o - q).min() for q in (pred[0] - p, pred[-1] + p)) > 2*c.near: return out
+    i, j = _match(c.o, pred, c.near); miss = np.ones(len(pred), bool); miss[i] = False; a, n = _runs_of(miss[:i[-1] + 1] if len(i) else miss[:0])
+    for q in np.argsort(-n)[:most]:
+        k = int(np.searchsorted(c.o, pred[a[q]] - .5*p))
+        if 0 < k < len(c.o): out += [[_Segment(g.slope, g.lag, 0, k), _Segment(g.slope, g.lag + n[q]*p, k, len(c.o))], [_Segment(g.slope, g.lag - n[q]*p, 0, k), _Segment(g.slope, g.lag, k, len(c.o))]]
+    return out
+
+# %% ../../nbs/data/12_align.ipynb #67cee325
 def _rivals(c, segs, table, tol):
     "Readings that differ from this one: [(segments, weight)]."
     n, slope, whole = len(segs), segs[0].slope, len(c.o)
     plain = [([_in_order(c, slope)], 1.)] if whole == len(c.e) else []
     if n == 1:
         moved = [([_Segment(slope, q, 0, whole)], v) for q, v in _other_lags(c, segs[0], table)]
-        return plain + moved + [(r, 1.) for r in _hidden_resets(c, segs[0], tol)]
+        return plain + moved + [(r, 1.) for r in _hidden_resets(c, segs[0], tol) + _jumped_holes(c, segs[0])]
     p = _typical(c.e)*slope; steps = [k for k in range(-3, 4) if k]; moves = []
     for s in range(n): moves += [[k*p*(t == s) for t in range(n)] for k in steps] + [[k*p*(t >= s) for t in range(n)] for k in steps if s < n - 1]
     if n == 2: moves += [[a*p, b*p] for a in steps for b in steps if a != b]
-    o = [_on_beat(replace(c, o=c.o[g.first:g.stop]), g)[:: 1 if g is segs[0] else -1][:1] for g in (segs[0], segs[-1])]
-    moves.append([float(o[0][0] - slope*c.e[0]) - segs[0].lag] + [0.]*(n - 2) + [float(o[1][0] - slope*c.e[-1]) - segs[-1].lag])      # both ends whole
-    out = [[_Segment(slope, g.lag + d, g.first, g.stop) for g, d in zip(segs, m)] for m in moves]
-    return plain + [(r, 1.) for r in out + [[_Segment(slope, g.lag, 0, whole)] for g in segs]]
+    out = [_whole_ends(c, segs)] + [[_Segment(slope, g.lag + d, g.first, g.stop) for g, d in zip(segs, m)] for m in moves]
+    return plain + [(r, 1.) for r in out + _other_places(c, segs) + [[_Segment(slope, g.lag, 0, whole)] for g in segs]]
+
+def _other_places(c, segs, most=8):
+    "The same clocks, reset elsewhere: at gaps among the pulses that fit both of two neighbouring ones, and at some others of them."
+    out, p = [], _typical(c.e)
+    for s in range(len(segs) - 1):
+        a, b = segs[s], segs[s + 1]; lo, hi = a.first + 1, b.stop - 1; o = c.o[lo - 1:hi + 1]
+        fits = [np.abs(c.e[_nearest((o - g.lag)/g.slope, c.e)]*g.slope + g.lag - o) <= c.near for g in (a, b)]
+        left, right = b.first, b.first                                        # pulses left..right-1 fit both
+        while left > lo and fits[1][left - 1 - lo + 1] : left -= 1
+        while right < hi and fits[0][right - lo + 1]: right += 1
+        k = np.arange(left, right + 1); gap = c.o[k] - c.o[k - 1]
+        odd = k[np.abs(gap/(p*segs[0].slope) - 1) > .1][:12] if len(k) else k
+        some = np.unique(np.r_[odd, k if len(k) <= most else k[np.linspace(0, len(k) - 1, most).astype(int)]])
+        out += [[*segs[:s], _Segment(a.slope, a.lag, a.first, int(q)), _Segment(b.slope, b.lag, int(q), b.stop), *segs[s + 2:]] for q in some if q != b.first]
+    return out
 
 def _in_order(c, slope):
     "The reading of someone who counts: first to first, last to last."
@@ -356,22 +404,39 @@ def _recentred(c, segs, near):
         out.append(_Segment(g.slope, g.lag + d, g.first, g.stop))
     return out
 
-# %% ../../nbs/data/12_align.ipynb #90bead85
+# %% ../../nbs/data/12_align.ipynb #a8d30e56
 def _odds(ours, scores, weights) -> float:
     "Log-odds of one reading against all the others together."
     return float(ours - np.logaddexp.reduce(np.array(scores) + np.log(weights))) if len(scores) else np.inf
+
+def _alone(c, g, tol) -> float:
+    "Log-odds of one stretch of clock by itself, as if nothing before and after it had been recorded: is it anchored by its own gaps?"
+    part = c.o[g.first:g.stop]
+    if len(part) < 3: return -np.inf
+    c = replace(c, o=part, span=(part[0] - c.near, part[-1] + c.near), prior=None); seg = [_Segment(g.slope, g.lag, 0, len(part))]
+    lags = _other_lags(c, seg[0], _votes(part, c.e, g.slope, max(tol, 2*c.near)))
+    seg = _recentred(c, seg, 2*c.near)
+    _, scores, weights = _scored(c, seg, [([_Segment(g.slope, q, 0, len(part))], v) for q, v in lags], 2*c.near)
+    return _odds(_evidence(c, seg), scores, weights)
+
+def _between_whole_ends(c, segs) -> bool:
+    "An unbroken train across one reset: both ends are there, and nothing is lost or extra but at the reset."
+    i, j, owner, _, conflict = _pairs(c.o, c.e, segs, min(3*c.near, .3*_typical(c.e)))
+    lost = np.setdiff1d(np.flatnonzero(owner >= 0), i)
+    inner = c.e[i].searchsorted(c.e[lost]) if len(lost) else lost
+    return len(segs) == 2 and len(j) == len(c.o) and conflict == 0 and i.min() == 0 and i.max() == len(c.e) - 1 and len(np.unique(inner)) < 2
 
 def _loose(c, limit):
     "The same case as if pulses scattered six times as far, anywhere within."
     near = max(min(_LOOSE*c.near, limit), c.near)
     return replace(c, near=near, density=lambda r: np.full(len(r), -np.log(2*near)))
 
+# %% ../../nbs/data/12_align.ipynb #d137e8d7
 def _climb(c, segs, table, tol, limit):
     "Move to the most probable reading: (case, segments, log-odds against all rivals as measured and loosely, the best rival, the best loose one)."
     for _ in range(8):
-        segs = _recentred(c, segs, 2*c.near)
+        ours, segs = max(((_evidence(c, s), s) for s in (segs, _recentred(c, segs, 2*c.near))), key=lambda b: b[0])
         rivals, scores, weights = _scored(c, segs, _rivals(c, segs, table, tol), 2*c.near)
-        ours = _evidence(c, segs)
         if not scores or max(scores) <= ours + 1e-6: break
         segs = _one_clock(c, rivals[int(np.argmax(scores))], 2*c.near)
         c = _settled(c, segs, limit) or c
@@ -382,18 +447,26 @@ def _climb(c, segs, table, tol, limit):
     odds2 = _odds(_evidence(free, _recentred(free, segs, free.near)), loosely, w)
     return c, segs, (odds, odds2), top, others[int(np.argmax(loosely))] if loosely else None
 
+def _on_our_beat(r, segs, beat, near):
+    "A rival in an even train, moved from our clocks by whole intervals exactly, so that its pulses scatter as ours do; None when it is off our beat."
+    if not beat: return None
+    out = []
+    for g in r:
+        q = min((s.lag + np.round((g.lag - s.lag)/beat)*beat for s in segs), key=lambda q: abs(q - g.lag))
+        if abs(q - g.lag) > near: return None
+        out.append(replace(g, lag=float(q)))
+    return out
+
 def _scored(c, segs, rivals, near):
     "Rivals on the middle of their matches, their evidence, and weights; those that turn out to be the same reading are dropped."
-    out, known = ([], [], []), []; p = .4*_typical(c.e)
+    out, known = ([], [], []), []; p = .4*_typical(c.e); beat = 2.5*p*segs[0].slope if _is_even(c.e) else 0.
     same = lambda r, q: len(r) == len(q) and all(abs(a.lag - b.lag) < p and a.first == b.first for a, b in zip(r, q))
     for r, v in rivals:
-        r = _recentred(c, r, near)
-        if any(same(r, q) for q in (segs, *known)): continue
+        r = _on_our_beat(r, segs, beat, c.near) or _recentred(c, r, near)
+        if any(same(r, q) for q in (segs, *known)) or any(abs(a.lag - b.lag) < c.near for a, b in zip(r, r[1:])): continue         # twice the same clock is no other reading
         known.append(r)
         for box, x in zip(out, (r, _evidence(c, r), v)): box.append(x)
     return out
-
-
 
 # %% ../../nbs/data/12_align.ipynb #2f0c3c0d
 @dataclass
@@ -494,10 +567,10 @@ def _train(pulses, what):
 def _refused(o, e, reason, span, pulses=None, names=None):
     return Alignment(np.nan, np.nan, np.nan, e, o, np.zeros((0, 2), int), np.zeros(0), np.arange(len(e)), np.arange(len(o)), [], np.full(len(e), np.nan), "refused", reason, [], span, np.nan, pulses, names)
 
-# %% ../../nbs/data/12_align.ipynb #0b6d6a9c
+# %% ../../nbs/data/12_align.ipynb #ef3e192c
 @dataclass
 class _Reading:
-    "The best reading of a session, and how far it stands above its rivals (log-odds, as measured and loosely)."
+    "The best reading of a session, and how far it stands above its rivals (log-odds, as measured and loosely; after a reset, of each stretch by itself)."
     case: _Case
     segs: list
     ratio: float
@@ -524,6 +597,7 @@ def _reading(case, first, ratio, tol, limit):
         segs = _one_clock(case, loose, limit); c = _settled(case, segs, limit); free = _loose(c, .6*limit)
         _, scores, weights = _scored(free, segs, _rivals(c, segs, table, tol), free.near)
         odds = (np.inf, _odds(_evidence(free, segs), scores, weights))
+    if len(segs) > 1 and not _between_whole_ends(c, segs): odds = (*odds, *(_alone(c, g, tol) for g in segs))
     return _Reading(c, segs, ratio, odds, rival)
 
 def _faultless(c, segs, limit) -> bool:
@@ -531,17 +605,19 @@ def _faultless(c, segs, limit) -> bool:
     i, j, *_ = _pairs(c.o, c.e, segs, limit)
     return len(segs) == 1 and len(c.o) == len(c.e) == len(i)
 
+# %% ../../nbs/data/12_align.ipynb #fb15803c
 def _tolerances(e, given=None):
     "Tolerances (s) to try, the tightest first, and the largest distance at which a pulse can still be told from its neighbour's."
     short = float(np.quantile(np.diff(e), .05)); top = given or .3*short
     ladder = [t for t in (.012, .036, .11, .33, 1.) if t < .7*top] + [top]
     return [min(t, 1.5) for t in ladder], given or .45*short
 
+_KNOWN = [1.024, 1/1.024, 29.97002997/25, 25/29.97002997, 29.97002997/24, 24/29.97002997, 25/24, 24/25, 30/25, 25/30, 1.001, 1/1.001]
+
 def _declared(o, e, max_drift):
     "Ratios of the clocks that a rate or a unit declared wrongly would give."
     seen = _typical(o)/_typical(e); span = (o[-1] - o[0])/(e[-1] - e[0])
-    known = [29.97002997/25, 25/29.97002997, 29.97002997/24, 24/29.97002997, 25/24, 24/25, 30/25, 25/30, 1.001, 1/1.001]
-    near = [r for r in known if abs(r/seen - 1) < .02] or [seen]
+    near = [r for r in _KNOWN if abs(r/seen - 1) < .02] or [seen]
     return [r for r in [*near, span] if .02 < r < 50 and .5 < r/seen < 2 and abs(r - 1) > 3*max_drift]
 
 # %% ../../nbs/data/12_align.ipynb #33fcc89b
@@ -589,10 +665,16 @@ def align(pulses, expected, *, nominal_lag=None, max_drift: float = 1000., toler
     if why := _doubt(best): return replace(refuse(why), rival=float(min(best.odds)))
     return _trusted(best, o - o_shift, e - e_shift, e[0], o_back + e_back, span, p, names)
 
-# %% ../../nbs/data/12_align.ipynb #df236c77
+# %% ../../nbs/data/12_align.ipynb #c4c563b2
 def _drift(r) -> float:
     "Difference of the clocks (ppm), a rate declared wrongly taken out."
-    return (r.segs[0].slope/r.ratio - 1)*1e6
+    known = [1.] if r.ratio == 1 else [r.ratio, *(q for q in _KNOWN if abs(q/r.ratio - 1) < .02)]
+    return min(((r.segs[0].slope/q - 1)*1e6 for q in known), key=abs)
+
+def _needed(r) -> float:
+    "How far a reading must stand above its rivals."
+    if len(r.segs) == 2 and _between_whole_ends(r.case, r.segs): return _WHOLE
+    return _CERTAIN + 3*(r.case.p_lost > .12 or len(r.case.o) - len(r.j) > .12*len(r.i))       # many chances that a stray pulse stands where a lost one stood
 
 def _doubt(r) -> str:
     "Why this reading must not be believed, or an empty string."
@@ -603,14 +685,16 @@ def _doubt(r) -> str:
     if len(i) < max(2, .5*n): return f"only {len(i)} of {n} expected pulses are found where they should be: {other}"
     if len(i) < .55*len(c.o): return f"{len(c.o) - len(i)} of {len(c.o)} pulses belong to no expected time: {other}"
     if _above_chance(r) < max(20., .2*len(i)) and len(i) > 7: return f"the pulses lie anywhere within {r.near*1e3:.0f} ms of their places, as unrelated ones would: {other}"
+    if (sd := float((c.o[r.j] - r.pred[i]).std())) > .15*_typical(c.e)*r.segs[0].slope: return f"single pulses would scatter by {sd*1e3:.0f} ms, nearly as far as from one to the next: {other}"
     if len(r.segs) > (2 if even else 6): return f"{len(r.segs) - 1} clock resets would be needed: another film, or a log of another session?"
-    if min(r.odds) < _CERTAIN: return _unsure(r, even, ms)
-    if why := _strays(r, even): return why
+    if min(r.odds) < _needed(r): return _unsure(r, even, ms)
+    if why := _strays(r, even) or _hidden_reset(r, even, inside): return why
     a, k = _runs_of(~np.isin(np.arange(len(c.e)), i) & inside)
     quiet = (c.e[a + k - 1] - c.e[a]).max() if len(a) else 0.
     if even and quiet > _SILENCE: return f"no pulse is seen for {quiet:.0f} s where an even train should run: another film, or a line that failed?"
     return ""
 
+# %% ../../nbs/data/12_align.ipynb #0fdb2487
 def _above_chance(r) -> float:
     "Log-odds that the two trains have to do with each other: how many pulses fall near expected times, and how closely, against trains that do not."
     c, k, n = r.case, len(r.i), len(r.case.o)
@@ -641,6 +725,32 @@ def _strays(r, even) -> str:
     d = np.diff(c.e); wide = np.flatnonzero(d > 1.8*p)
     n = sum(int(((t > c.e[k] + 3*r.near) & (t < c.e[k + 1] - 3*r.near)).sum()) for k in wide); mean = c.rate*d[wide].sum()
     return f"{n} pulses stand in gaps where none is expected: another film?" if n > 3*mean + 4*np.sqrt(mean) + 3 else ""
+
+# %% ../../nbs/data/12_align.ipynb #e175de39
+def _step_of(res, sd) -> float:
+    "Size (s) of a step in residuals over time, or 0: the largest jump of their level that stands well out of their scatter."
+    if len(res) < 40: return 0.
+    r = np.clip(res - res.mean(), -4*sd, 4*sd); c = np.cumsum(r); q = np.arange(10, len(r) - 10)
+    t = np.abs(c[q - 1])/np.sqrt(q*(1 - q/len(r)))/max(r.std(), 1e-6); k = int(q[t.argmax()])
+    size = abs(np.median(res[k:k + 200]) - np.median(res[max(k - 200, 0):k]))
+    return float(size) if t.max() > 7 and size > max(.0015, .5*sd) else 0.
+
+def _hidden_reset(r, even, inside) -> str:
+    "Signs of a clock that was reset unseen: on the beat of an even train, or so near an end that too few pulses tell it."
+    c, i = r.case, np.sort(r.i); m = len(c.e); hint = "was a clock reset, or is it another film?"
+    gone = np.isin(np.arange(len(c.o)), r.j, invert=True); miss = inside & np.isin(np.arange(m), i, invert=True)
+    unbroken = np.diff(np.r_[0, np.flatnonzero(np.diff(c.e) > 1.5*_typical(c.e)) + 1, m]).max() > .5*m
+    for side, e, o in (("first", miss[:i[0]], gone[:r.j.min()]), ("last", miss[i[-1] + 1:], gone[r.j.max() + 1:])):
+        if e.sum() > 1 and o.sum() >= max(2, .5*e.sum()): return f"the {side} {int(e.sum())} expected and the {side} {int(o.sum())} pulses do not belong together: {hint}"
+        running = inside[0] if side == "first" else inside[-1]
+        if even and running and unbroken and e.sum() and e.sum()*np.log(c.p_lost) < _END - np.log(m): return f"the {side} {int(e.sum())} pulses are missing though the recording was running: {hint}"
+    if not even: return ""
+    whole = i[0] == 0 and i[-1] == m - 1; order = np.argsort(r.j); res = (c.o[r.j] - r.pred[r.i])[order]
+    if not whole and len(r.segs) == 1 and (size := _step_of(res, 1.4826*float(np.median(np.abs(res - np.median(res)))))): return f"the residuals step by {size*1e3:.1f} ms in an even train: {hint}"
+    p = _typical(c.e)*r.segs[0].slope
+    a, n = _runs_of(gone); beat = [np.abs(np.diff(c.o[k:k + q]) - p) <= 2*r.near for k, q in zip(a, n) if q > 4]
+    if any(_runs_of(b)[1].max(initial=0) >= 4 for b in beat): return f"pulses that belong to no expected time follow each other in step: {hint}"
+    return ""
 
 # %% ../../nbs/data/12_align.ipynb #7df90f53
 def _trusted(r, o, e, zero, resets, span, pulses, names) -> Alignment:

@@ -77,7 +77,7 @@ def _rest_code(value, length, polarity=None):
     best = np.lexsort((time, visits))[-1]
     return codes[best] if visits[best] >= .3*len(value) else None
 
-# %% ../../nbs/data/11_triggers.ipynb #47f7869f
+# %% ../../nbs/data/11_triggers.ipynb #459288a2
 def _find_coded(x, sfreq, polarity=None, min_width=None, mask=None):
     "Onsets, codes, widths (samples) and rejections of a coded line."
     c = np.asarray(x).astype(np.int64)
@@ -98,6 +98,11 @@ def _find_coded(x, sfreq, polarity=None, min_width=None, mask=None):
         k = last + 1
     return np.array(on, int), np.array(code, int), np.array(width, float), rejected, rest
 
+def _only_falls(v) -> bool:
+    "Does the last code of a stretch only let go of lines, after a line was added to those already up? (1, 257, 256: a button was pressed while the picture's line was up.)"
+    added = [(a & b) == a and a != b for a, b in zip(v[:-2], v[1:-1])]
+    return any(added) and (v[-1] & v[-2]) == v[-1]
+
 def _read_stretch(first, last, start, value, length, pulse, short, sfreq, on, code, width, rejected):
     "Events of one stretch of codes; ghosts go to the event that follows them, or are rejected."
     begin = None
@@ -111,14 +116,16 @@ def _read_stretch(first, last, start, value, length, pulse, short, sfreq, on, co
             if onward and begin is None and (i == first): begin = start[i]
             continue
         if code and i > first and value[i] == code[-1] and not pulse[i - 1]: width[-1] += length[i]; continue
+        if _only_falls(value[first:i + 1]): rejected.append((t, f"a line let go: code {value[i - 1]} falls to {value[i]}")); continue
         on.append(start[i] if begin is None else begin); code.append(value[i]); width.append(float(length[i])); begin = None
 
-# %% ../../nbs/data/11_triggers.ipynb #bec91ac6
+# %% ../../nbs/data/11_triggers.ipynb #5833f4d2
 def _noise(x) -> float:
     "Standard deviation of the white part, from second differences (robust)."
     d = np.abs(x[2:] - 2*x[1:-1] + x[:-2])
-    d = d[d > 0] if np.count_nonzero(d) < .5*len(d) else d
-    return float(1.4826*np.median(d)/np.sqrt(6)) if len(d) else 0.
+    if np.count_nonzero(d) >= .5*len(d): return float(1.4826*np.median(d)/np.sqrt(6)) if len(d) else 0.
+    step = np.abs(np.diff(x)); step = step[step > 0]                     # the line stands still most of the time: its noise is below the recorder's smallest step
+    return float(.3*step.min()) if len(step) else 0.
 
 def _steps(x, w: int):
     "Mean of the `w` samples from each sample on, minus the mean of the `w` before it."
@@ -143,16 +150,18 @@ def _holds(s, rest, tol, sfreq) -> bool:
     size = int(max(.25*sfreq, min(2*sfreq, len(s)//4))); n = len(s)//size
     if n < 3: return True
     back = np.mean(np.abs(s[: n*size].reshape(n, size) - rest) < tol, axis=1)
-    return bool(np.mean(back > max(.05, .3*np.median(back))) > .8)
+    away = np.sum(back <= max(.05, .3*np.median(back)))
+    return bool(away <= (n//2 if n < 6 and np.mean(np.abs(s - rest) < tol) > .5 else .2*n))
 
-# %% ../../nbs/data/11_triggers.ipynb #d04cb992
+# %% ../../nbs/data/11_triggers.ipynb #59f5f6b3
 def _rest_level(x, noise, polarity=None) -> float:
     "Where the line rests: its most visited value; of two about equally visited levels the one where it stays longest at a time (before, between and after the pulses)."
     lo, hi = np.quantile(x, [.0005, .9995]) if len(x) > 20_000 else (x.min(), x.max())
     n = int(np.clip((hi - lo)/max(3*noise, 1e-12), 12, 60))
     count, edge = np.histogram(x, bins=n, range=(lo, hi)); count = count + np.r_[count[1:], 0]       # two bins together: a level may sit on a border
     share = count/len(x); mode = int(share.argmax())
-    if polarity in ("up", "down") or share[mode] < .62:
+    middle = polarity in (None, "both") and share[mode] > .45 and .2*n < mode < .8*n - 1                # a line that goes either way rests between
+    if polarity in ("up", "down") or (share[mode] < .62 and not middle):
         third = max(n//3, 1); low, high = int(share[:third].argmax()), n - third + int(share[n - third:].argmax())
         up = polarity == "up" or (polarity is None or polarity == "both") and _quiet_low(x, (edge[low] + edge[high + 1])/2, .15*(hi - lo), share[low] >= .25*share[high])
         mode = low if up else high
@@ -195,7 +204,7 @@ def _template(x, k, half: int, rise: float = 1.):
     w = x[np.clip(k[:, None] + off, 0, len(x) - 1)]
     return k + grid[(w @ T).argmax(1)]
 
-# %% ../../nbs/data/11_triggers.ipynb #a8423020
+# %% ../../nbs/data/11_triggers.ipynb #18bf730a
 def _unghost(x):
     "The line without single-sample spikes, and where they were."
     m = median_filter(x, 3, mode="nearest")
@@ -229,29 +238,41 @@ def _which_edge(up, down, x) -> str:
     t = np.r_[up, down]; s = np.r_[np.ones(len(up)), -np.ones(len(down))]; o = np.argsort(t); t, s = t[o], s[o]
     if len(t) < 3: return "up" if not len(t) or s[0] > 0 else "down"
     gap = np.diff(np.r_[0, t]); usual = np.median(gap[1:])
-    quiet = np.flatnonzero(gap > 4*usual)
-    if len(quiet):
+    quiet = np.flatnonzero(gap > 4*usual); tail = len(x) - t[-1]
+    if len(quiet) or tail > 4*usual:
         vote = 0.
         for k in quiet:
             w = int(min(.5*gap[k], 8*usual)); a, b = x[max(t[k] - w - 3, 0):max(t[k] - 3, 1)], x[t[k]:t[k] + w]
             if len(a) > 3 and len(b) > 3: vote += b.mean() - a.mean()
+        if tail > 4*usual: w = int(min(.5*tail, 8*usual)); vote += x[max(t[-1] - w, 0):t[-1]].mean() - x[t[-1] + 3:t[-1] + 3 + w].mean()
         if vote: return "up" if vote > 0 else "down"
     alt = np.flatnonzero(s[1:] != s[:-1]); d = gap[1:][alt]; after_up = d[s[:-1][alt] > 0]; after_down = d[s[:-1][alt] < 0]
     return "down" if len(after_down) and len(after_up) and np.median(after_down) < .8*np.median(after_up) else "up"
 
-def _read_steps(x, sfreq, polarity, step):
-    "Edges of a wandering line: (start, stop, sign) from up-steps to the next down-steps (or the other way round)."
-    noise = _noise(x); w = int(np.clip(np.ceil(72*(noise/step)**2), max(2, .003*sfreq), max(3, .012*sfreq)))
-    d = _steps(x, w); bar = max(.4*step, min(6*noise*np.sqrt(2/w), .6*step))
+# %% ../../nbs/data/11_triggers.ipynb #d9a8ed4f
+def _edges(x, noise, w, step):
+    "Up-steps and down-steps (samples) of about `step` or more, by the difference of two means of `w` samples; and that difference."
+    d = _steps(x, w); bar = max(.4*step, min(6*noise*np.sqrt(2/w), .5*step))
     def peaks(y):
         a, b = _schmitt(y, bar, .5*bar)
         return np.array([i + int(np.argmax(y[i:j])) for i, j in zip(a, b)], int)
-    up, down = peaks(d), peaks(-d)
-    if polarity in (None, "both"): polarity = _which_edge(up, down, x)
-    first, second, sign = (up, down, 1) if polarity == "up" else (down, up, -1)
-    j = np.searchsorted(second, first, "right")
-    stop = np.where(j < len(second), second[np.minimum(j, len(second) - 1)] if len(second) else len(x), len(x))
-    return [(int(i), int(q), sign) for i, q in zip(first, stop)], np.nan, step, w
+    return peaks(d), peaks(-d), d
+
+def _read_steps(x, sfreq, polarity, step):
+    "Edges of a wandering line: (start, stop, sign) from up-steps to the next down-steps (or the other way round)."
+    noise = _noise(x); widest, asked = max(3, .014*sfreq), polarity
+    for _ in range(2):                                                        # then once more with the width and the height of what was found
+        w = int(np.clip(np.ceil(288*(noise/step)**2), max(2, .003*sfreq), widest))                 # so that half a step is six deviations of noise, where it can be
+        up, down, d = _edges(x, noise, w, step)
+        polarity = _which_edge(up, down, x) if asked in (None, "both") else asked
+        first, second, sign = (up, down, 1) if polarity == "up" else (down, up, -1)
+        j = np.searchsorted(second, first, "right"); none = j == len(second)
+        stop = np.where(none, len(x), second[np.minimum(j, len(second) - 1)] if len(second) else len(x))
+        if w < 6 or len(first) < 6: break
+        wide = np.median(stop - first); usual = np.abs(stop - first - wide) < .3*wide
+        step, widest = max(step, float(np.median(sign*d[first[usual]]))) if usual.any() else step, max(3, w, .45*wide)
+    later = np.r_[first[1:], len(x)]; stop = np.where(stop < later, stop, later - np.maximum(.3*(later - first), .002*sfreq + 2)).astype(int)     # a falling edge that was missed must not swallow the next pulse
+    return [(int(i), int(q), sign) for i, q in zip(first, stop) if q > i], np.nan, step, w
 
 # %% ../../nbs/data/11_triggers.ipynb #64435bd7
 def _merge(found, gap: float, rejected, sfreq, why: str):
@@ -271,7 +292,7 @@ def _refresh(found, sfreq):
     p = np.median(short)
     return float(p) if np.mean(np.abs(short - p) < .2*p + 1) > .8 and np.median(long) > 2.5*p else 0.
 
-# %% ../../nbs/data/11_triggers.ipynb #5d2800f7
+# %% ../../nbs/data/11_triggers.ipynb #d8ff4b87
 def _find_analog(x, sfreq, polarity=None, min_width=None, min_gap=None):
     "Onsets (float samples), first samples past the edge, widths, signs, rejections, level and polarity of a voltage."
     rejected = []; noise = _noise(x); clean, spike = _unghost(x)
@@ -282,7 +303,9 @@ def _find_analog(x, sfreq, polarity=None, min_width=None, min_gap=None):
     if step < 4*noise/np.sqrt(max(.008*sfreq, 1)) or np.ptp(x) == 0: return nothing("the line is flat: no step stands out of its noise")
     if polarity is None and _is_wave(clean): return _find_wave(clean, sfreq, min_gap)
     snr = step/max(noise, 1e-30); y = clean if snr > 6 else x
-    found, rest, big, m = _read_levels(y, sfreq, polarity, step) or _read_steps(y, sfreq, polarity, step)
+    read = _read_levels(y, sfreq, polarity, step)
+    if read is None or (snr < 6 and _wobbles(y, read, sfreq)): read = _read_steps(y, sfreq, polarity, step)
+    found, rest, big, m = read
     if period := _refresh(found, sfreq): found = _merge(found, 1.5*period, rejected, sfreq, "a refresh of the screen inside a pulse")
     found = _merge(found, max(2., (min_gap or .0015)*sfreq), rejected, sfreq, "a bounce right after a pulse")
     inside = np.zeros(len(x) + 1, bool)
@@ -292,16 +315,28 @@ def _find_analog(x, sfreq, polarity=None, min_width=None, min_gap=None):
     if not found: return nothing("no pulse stands out")
     use = clean if len(ghosts) and snr > 12 else x
     onset, past, width, sign, amp = _time_edges(use, found, rest, snr, sfreq)
-    if np.isfinite(rest) and np.median(amp) < 2.5*np.std(use[~inside[:-1]]): return nothing("no pulse stands out of the line's own wobble")
+    line = uniform_filter1d(use, max(3, int(.009*sfreq)) | 1) if snr < 6 else use             # its wobble, not its noise
+    if np.isfinite(rest) and np.median(amp) < 2.5*np.std(line[~inside[:-1]]): return nothing("no pulse stands out of the line's own wobble")
     keep = _judge(onset, width, sign, amp, rejected, sfreq)
     signs = set(sign[keep].tolist()); pol = "both" if len(signs) > 1 else ("down" if signs == {-1} else "up")
     level = rest + .5*np.median(amp[keep]*sign[keep]) if np.isfinite(rest) and pol != "both" and keep.any() else np.nan
     return onset[keep], past[keep], width[keep], sign[keep], rejected, float(level), pol
 
+# %% ../../nbs/data/11_triggers.ipynb #9232d8e3
+def _wobbles(x, read, sfreq) -> bool:
+    "Did reading by level follow the line's own wobble? Most departures are shorter than an edge, they go either way, or the line rests nowhere between them."
+    found, rest, big, m = read
+    if not found: return True
+    width = np.array([j - i for i, j, _ in found]); up = np.mean([s > 0 for *_, s in found]); rests = np.ones(len(x), bool)
+    for i, j, _ in found: rests[max(i - 2, 0):j + 2] = False
+    slow = uniform_filter1d(x, max(3, int(.25*sfreq)))[rests]
+    return bool(np.median(width) < .004*sfreq or .1 < up < .9 or (len(slow) and slow.std() > .25*big))
+
 def _is_wave(x) -> bool:
     "A line that stays nowhere (a sine): less than half of its time near its two extremes, spread evenly between them."
     lo, hi = np.quantile(x, [.01, .99]); h = np.histogram(x, bins=10, range=(lo, hi))[0]/len(x)
     up, _ = _schmitt(x - .5*(lo + hi), .2*(hi - lo), -.2*(hi - lo)); d = np.diff(up)
+    if len(_schmitt(x - .5*(lo + hi), 3*_noise(x), -3*_noise(x))[0]) > 1.2*len(up) + 1: return False          # something else rides on it
     return bool(len(d) > 2 and d.std() < .05*d.mean() and _noise(x) < .05*(hi - lo) and h[0] + h[-1] < .6 and h.max() < .35 and h[1:-1].min() > .04)
 
 def _find_wave(x, sfreq, min_gap=None):
@@ -347,7 +382,7 @@ def _judge(onset, width, sign, amp, rejected, sfreq):
         if small or echo: keep[k] = False; rejected.append((onset[k]/sfreq, f"too small: {amp[k]:.3g}, the others {usual:.3g}" if small else "the undershoot of the pulse before"))
     return keep
 
-# %% ../../nbs/data/11_triggers.ipynb #1eff380a
+# %% ../../nbs/data/11_triggers.ipynb #ced00ceb
 def _find_level(x, sfreq, level, polarity=None, min_gap=None):
     "Crossings of a given level, with hysteresis: onset (float samples), width, rejections."
     if not x.min() < level < x.max(): raise SynapseError(f"level={level:g} lies outside the line, which moves between {x.min():.4g} and {x.max():.4g}; leave it out to have it found.")
@@ -360,6 +395,7 @@ def _find_level(x, sfreq, level, polarity=None, min_gap=None):
     onset = a - 1 + (0 - d[a - 1])/np.where(d[a] > d[a - 1], d[a] - d[a - 1], 1)
     return onset, b - .5 - onset, np.full(len(a), sign), rejected, "down" if sign < 0 else "up"
 
+# %% ../../nbs/data/11_triggers.ipynb #1ca98216
 def _precision(x, past, sfreq) -> float:
     "Standard deviation of an interpolated onset (s), from noise and edge height; measured on simulated edges of one to three samples."
     if not len(past): return np.nan
