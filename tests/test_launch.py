@@ -83,6 +83,12 @@ def test_no_orphans(tmp_path, sig):
     assert wait_for(lambda: not mine(), 150), mine()
 
 
+def test_a_loss_that_is_no_number_on_one_rank_is_said_with_its_batch():
+    "The other rank only loses its partner; that is not what is shown."
+    with pytest.raises(SynapseError, match=r"^rank 1: The loss is nan at epoch 0, batch 0 \(rows \d+.*on rank 1") as e: launch("nan = 1", nproc=2, target=SMOKE, quiet=True, env=ENV, timeout_s=200)
+    assert "Traceback" not in str(e.value)
+
+
 def test_the_smoke_script():
     done = subprocess.run(["bash", ROOT / "scripts/smoke_ddp.sh"], env={**ENV, "PYTHON": sys.executable}, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0 and done.stdout.strip().endswith("two ranks trained together: ok"), done.stdout + done.stderr

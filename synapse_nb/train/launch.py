@@ -19,7 +19,7 @@ from ..core import SynapseError, check_file
 from ..dist import close, init_from_env, is_main, rank, run_ranks, world_size
 from .loop import ALWAYS, Callback, History, Run, describe, fit
 
-# %% ../../nbs/train/81_launch.ipynb #57ced9ae
+# %% ../../nbs/train/81_launch.ipynb #40d6772c
 class LiveRows(Callback):
     "Rank 0 reports progress as lines for `launch` to read: `@step {…}` about four times a second, `@row {…}` after each training epoch."
     order, says_batch = 60, True
@@ -55,7 +55,7 @@ class Screen:
             return
         try: said = json.loads(rest)
         except ValueError: return
-        if kind == "@error": self.error = said["message"]
+        if kind == "@error": self.error = self.error or said["message"]
         elif kind == "@row": self._row(said)
         elif not self.quiet: self._show(f"{said['desc']} step {said['step']} of {said['of']}".strip(), said["step"] / max(1, said["of"]))
 
@@ -88,7 +88,7 @@ def curves_svg(history, width: int = 320, height: int = 90) -> str:
     key = '<text x="8" y="11" font-size="10" fill="#4c78a8">train_loss</text><text x="75" y="11" font-size="10" fill="#f58518">val_loss</text>'
     return f'<svg width="{width}" height="{height}" role="img" aria-label="loss curves">{key}{drawn}</svg>'
 
-# %% ../../nbs/train/81_launch.ipynb #ee730c9d
+# %% ../../nbs/train/81_launch.ipynb #0542c403
 def find_target(text: str):
     "`module:function` -> the function. Raises `SynapseError` when there is none."
     module, _, name = text.partition(":")
@@ -122,22 +122,26 @@ def main(argv=None) -> int:
         find_target(a.target)(check_file(a.config, "recipe"), a.set, **more)
         close()
     except SynapseError as e:
-        if is_main() or world_size() == 1: print(("@error " + json.dumps({"message": str(e)})) if a.live else f"error: {e}", file=sys.__stdout__, flush=True)
-        else: time.sleep(5); print(f"rank {rank()}: {e}", file=sys.stderr, flush=True)       # let rank 0 speak first when all fail alike
+        if not is_main(): time.sleep(5)                                                      # let rank 0 speak first when all fail alike
+        message = str(e) if is_main() else f"rank {rank()}: {e}"
+        print(("@error " + json.dumps({"message": message})) if a.live else f"error: {message}", file=sys.__stdout__, flush=True)
         os._exit(1)                                                                          # do not wait for ranks that wait for us
+    except RuntimeError as e:
+        if "by peer" not in str(e): raise
+        print(f"rank {rank()}: another rank has gone", file=sys.stderr, flush=True); os._exit(1)
     return 0
 
 # %% ../../nbs/train/81_launch.ipynb #bc254770
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
 
-# %% ../../nbs/train/81_launch.ipynb #afae0a8a
+# %% ../../nbs/train/81_launch.ipynb #9fd8e2c5
 def smoke(config, overrides=()) -> History:
-    "Train a tiny classifier on all ranks (`--target synapse_nb.train.launch:smoke`); the line before it says how many ranks there really are. `--set fail=1` makes rank 1 raise; `--set n_epochs=3`."
+    "Train a tiny classifier on all ranks (`--target synapse_nb.train.launch:smoke`); the line before it says how many ranks there really are. `--set fail=1` makes rank 1 raise, `--set nan=1` gives it a loss that is no number; `--set n_epochs=3`."
     import torch
     from synapse_nb.config import read_toml
     from torch.utils.data import DataLoader
-    conf = {"n_epochs": 3, "fail": -1, "slow": 0.0} | read_toml(config, overrides)
+    conf = {"n_epochs": 3, "fail": -1, "nan": -1, "slow": 0.0} | read_toml(config, overrides)
     x = torch.randn(256, 2, generator=torch.Generator().manual_seed(0))
     data = [{"x": a, "y": (a[0] > a[1]).long(), "index": i} for i, a in enumerate(x)]
     torch.manual_seed(0)
@@ -146,6 +150,7 @@ def smoke(config, overrides=()) -> History:
         if rank() == conf["fail"]: raise ValueError(f"rank {rank()} was told to fail")
         time.sleep(conf["slow"])
         logits = model(batch["x"])
+        if rank() == conf["nan"]: logits = logits * float("nan")
         return {"loss": torch.nn.functional.cross_entropy(logits, batch["y"]), "n": len(logits), "accuracy": logits.argmax(1) == batch["y"]}
     loaders = [DataLoader(data[a:b], 32, shuffle=a == 0) for a, b in ((0, 192), (192, 256))]
     return fit(model, step, loaders[0], val_loader=loaders[1], n_epochs=conf["n_epochs"], lr=1e-2, device="cpu", progress_desc="smoke")

@@ -7,7 +7,7 @@ __all__ = ['ALWAYS', 'step_seed', 'seed_all', 'own_randomness', 'Batches', 'rows
            'param_groups', 'choose_parallel', 'wrap', 'Callback', 'Run', 'describe', 'add_sums', 'means', 'backward',
            'optimizer_step', 'validate', 'train_epoch', 'run_state', 'load_run', 'fit']
 
-# %% ../../nbs/train/28_loop.ipynb #f0e235f9
+# %% ../../nbs/train/28_loop.ipynb #f2e2f0da
 import hashlib
 import math
 import random
@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..core import SynapseError, log, progress
-from ..dist import globalize_batchnorm, is_main, rank, rank_device, reduce_max, reduce_sum, share_of, world_size
+from ..dist import GlobalBatchNorm, globalize_batchnorm, is_main, rank, rank_device, reduce_max, reduce_sum, share_of, world_size
 from .checkpoint import State, copy_whole, list_states
 
 # %% ../../nbs/train/28_loop.ipynb #b99d99a4
@@ -275,7 +275,7 @@ class Run:
             raise SynapseError('step(model, batch) must return {"loss": mean over the batch, "n": number of samples, …}.')
         return out
 
-# %% ../../nbs/train/28_loop.ipynb #7232e4e8
+# %% ../../nbs/train/28_loop.ipynb #fd16f9f8
 def describe(run: Run) -> str:
     "One line: ranks, the global batch, each rank's share of it, accumulation, how the model is spread, and where the step has `negatives(model, batch_size)` how many contrastive ones each sample meets."
     size = getattr(getattr(run.train.loader, "batch_sampler", None), "batch_size", None)
@@ -283,7 +283,8 @@ def describe(run: Run) -> str:
     step = getattr(run.wrapped, "module", run.wrapped).step
     negatives = step.negatives(run.model, size) if hasattr(step, "negatives") else 0
     return (f"{world_size()} rank(s), global batch {size * run.accumulate}, {size / world_size():g} on each" + f" x {run.accumulate} accumulated" * (run.accumulate > 1) + f", parallel {run.parallel}"
-            + f", {negatives} contrastive negatives" * (negatives > 0))
+            + f", {negatives} contrastive negatives" * (negatives > 0) + f", {run.train.loader.num_workers} loader workers" * (run.train.loader.num_workers > 0)
+            + ", batch normalisation over all ranks" * any(isinstance(m, GlobalBatchNorm) for m in run.model.modules()))
 
 # %% ../../nbs/train/28_loop.ipynb #6f2ceed8
 def add_sums(sums: dict, out: dict, n: float) -> None:
@@ -459,7 +460,7 @@ def _load_optimizer(run: Run, state: State) -> None:
             else: own[k] = torch.empty_like(p, dtype=whole.dtype); copy_whole(own[k], whole)
         run.optimizer.state[p] = own
 
-# %% ../../nbs/train/28_loop.ipynb #969b51c7
+# %% ../../nbs/train/28_loop.ipynb #a056d0bc
 def fit(model: nn.Module, step, train_loader, *, n_epochs: int, val_loader=None, optimizer=None, lr: float = 1e-3, weight_decay: float = 0.01, callbacks=(),
         device="auto", precision: str = "fp32", grad_clip: float | None = None, accumulate: int = 1, seed: int = 0, monitor: str = "val_loss",
         parallel: str = "auto", compile: bool = False, resume=None, progress_desc: str = "") -> History:
@@ -478,6 +479,7 @@ def fit(model: nn.Module, step, train_loader, *, n_epochs: int, val_loader=None,
     run = Run(model, wrapped, optimizer, Batches(train_loader, seed), None if val_loader is None else Batches(val_loader, seed), [*callbacks, *ALWAYS], device, n_epochs,
               precision, grad_clip, accumulate, seed, monitor, how, resume, progress_desc)
     with own_randomness(), _signals(run), closing(run), _broken_loader(run), progress(None, progress_desc, run.total_steps) as bar:
+        if is_main(): log.info("%s: %s", progress_desc or "training", describe(run))
         run.call("on_fit_start")
         if run.resume is not None and (found := list_states(run.resume)): load_run(run, found[-1])
         bar.update(run.global_step)
