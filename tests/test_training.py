@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 import synapse_nb
 from synapse_nb.core import SynapseError
 from synapse_nb.dist import run_ranks
-from synapse_nb.train.callbacks import EMA, BestCheckpoint, LastCheckpoint, warmup_cosine
+from synapse_nb.train.callbacks import EMA, BestCheckpoint, LastCheckpoint, keep_states, tracked, wandb_key, warmup_cosine
 from synapse_nb.train.checkpoint import State, full_weights, list_states, load_weights, read_tensors
 from synapse_nb.train.loop import fit
+from synapse_nb.train.runs import RunFolder
 
 PROGRAM = Path(program.__file__)
 ENV = {**os.environ, "PYTHONPATH": str(Path(synapse_nb.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -228,6 +229,46 @@ def test_resuming_with_another_model_or_other_data_is_refused(tmp_path):
     with pytest.raises(SynapseError, match="another model"): fit(program.Encoder(), program.step, train, resume=tmp_path, **kw)
     with pytest.raises(SynapseError, match="batches an epoch"): fit(program.Conv(), program.step, DataLoader(program.Augmented(), 10), resume=tmp_path, **kw)
     with pytest.raises(SynapseError, match="another run"): fit(program.Conv(), program.step, train, callbacks=[LastCheckpoint(tmp_path)], **kw)
+
+
+# --- trackers
+
+def test_a_key_is_read_from_outside_and_goes_nowhere(tmp_path, monkeypatch):
+    secret, calls = "0123456789abcdef" * 2, []
+
+    class Wandb:
+        def login(self, **kw): calls.append(("login", kw))
+        def init(self, **kw): calls.append(("init", kw)); return self
+        def log(self, row, step): calls.append(("log", row))
+        def finish(self): calls.append(("finish", {}))
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    inside, outside = tmp_path / "repo/key.txt", tmp_path / "key.txt"
+    (tmp_path / "repo/.git").mkdir(parents=True)
+    for f in (inside, outside): f.write_text(secret + "\n")
+    monkeypatch.setenv("WANDB_API_KEY_FILE", str(inside))
+    with pytest.raises(SynapseError, match="lies in the git repository"): wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY_FILE", str(tmp_path / "nowhere"))
+    with pytest.raises(SynapseError, match="is not there"): wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY_FILE", str(outside))
+    for mode, logins in (("offline", 0), ("online", 1)):
+        calls.clear()
+        monkeypatch.setenv("WANDB_MODE", mode)
+        with RunFolder(tmp_path / "runs", mode, "a = 1") as run, tracked(["wandb", "tensorboard"], run.path, "demo", {"a": 1}), keep_states(run.checkpoints, table=run.metrics):
+            fit(program.Conv(), program.step, DataLoader(program.Augmented(), 16), n_epochs=2, device="cpu", progress_desc="a net")
+        assert [c for c, _ in calls] == ["login"] * logins + ["init", "log", "log", "finish"]
+        assert all(secret not in repr(kw) for c, kw in calls if c != "login")
+        assert list((run.path / "tensorboard/000-a-net").glob("events*"))
+    held = [f for f in (tmp_path / "runs").rglob("*") if f.is_file()]
+    assert {"log.txt", "environment.json", "metrics.csv"} <= {f.name for f in held} and not [f for f in held if secret.encode() in f.read_bytes()]
+
+
+def test_a_run_folder_keeps_what_was_said(tmp_path, caplog):
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path, "broken"):
+        fit(program.Conv(), program.step, DataLoader(program.Augmented(), 16), n_epochs=1, device="cpu", progress_desc="a net")
+        1 / 0
+    said = (tmp_path / "broken/log.txt").read_text()
+    assert "a net: 1 rank(s), global batch 16" in said and "ZeroDivisionError" in said and "Traceback" in said
 
 
 # --- many ranks
