@@ -243,3 +243,28 @@ def test_the_command_takes_subjects_and_sessions(tmp_path, capsys):
     assert main(["prepare", "bids", root, "--out", out, "--preset", "resample(250)", "--subjects", "01", "--sessions", "ses-2"]) == 0 and made() == ["sub-01_ses-02"]
     assert main(["prepare", "bids", root, "--out", out, "--preset", "resample(250)", "--sessions", "01"]) == 0 and made() == ["sub-01_ses-01", "sub-01_ses-02", "sub-02_ses-01"]
     assert main(["prepare", "bids", root, "--out", out, "--subjects", "02", "--sessions", "02"]) == 1 and "no session '02'; there are 01" in capsys.readouterr().err
+
+
+def test_bids_folders_of_other_hands(tmp_path):
+    "run-1 for run-01, tables packed or above the recordings, even trains, few rows, a rest without events; what was renamed or forgotten is named."
+    import gzip
+    import pybv
+    table = "onset\tduration\ttrial_type\n1.0\t0.1\tgo\n3.0\t0.1\tstop\n5.0\t0.1\tgo\n"
+
+    def folder(name, base="sub-01_task-x_run-01", at=(500, 1500, 2500), **tables):
+        f = tmp_path / name / "sub-01" / "eeg"; f.mkdir(parents=True)
+        pybv.write_brainvision(data=np.random.default_rng(0).normal(0, 1e-5, (3, 4000)), sfreq=500, ch_names=["Fz", "Cz", "Oz"], fname_base=f"{base}_eeg", folder_out=str(f), unit="µV", events=[dict(onset=s, duration=1, type="Stimulus", description=1) for s in at])
+        return f, lambda: prepare(get_study("bids", tmp_path / name), tmp_path / f"store of {name}", PLAIN, progress=False)[0]
+
+    f, go = folder("padding"); (f / "sub-01_task-x_run-1_events.tsv").write_text(table)
+    p = go(); assert open_store(p.path).events["sample"].tolist() == [500, 1500, 2500]
+    f, go = folder("packed"); (f / "sub-01_task-x_run-01_events.tsv.gz").write_bytes(gzip.compress(table.encode())); assert go().n_trials == 3
+    f, go = folder("above"); (f.parent.parent / "task-x_events.tsv").write_text(table); assert go().n_trials == 3
+    f, go = folder("one row"); (f / "sub-01_task-x_run-01_events.tsv").write_text(table[:table.index("3.0")]); p = go(); assert p.n_trials == 1 and p.alignment["verdict"] == "ok" and "recording's clock" in p.alignment["reason"]
+    f, go = folder("elsewhere"); (f / "sub-01_task-x_run-01_events.tsv").write_text(table.replace("3.0", "3.4"))
+    with pytest.raises(SynapseError, match="do not fit"): go()
+    f, go = folder("rest"); p = go(); assert p.n_trials == 0 and "stored without trials" in p.warnings[0]
+    f, go = folder("misnamed"); (f / "sub-01_task-y_run-01_events.tsv").write_text(table)
+    with pytest.raises(SynapseError, match="sub-01_task-y_run-01_events.tsv lies beside it and belongs to no recording"): go()
+    f, go = folder("no markers"); (f / "sub-01_task-x_run-01_eeg.vmrk").unlink()
+    with pytest.raises(SynapseError, match="names 'sub-01_task-x_run-01_eeg.vmrk' as its MarkerFile"): go()

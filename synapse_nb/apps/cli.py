@@ -45,7 +45,7 @@ def _inspect(a):
         found = inspect_path(p)
         print(json.dumps(found.to_dict(), indent=1, default=str) if a.json else found)
 
-# %% ../../nbs/apps/93_cli.ipynb #9c160eb5
+# %% ../../nbs/apps/93_cli.ipynb #b84beebb
 def _fetch(a):
     from synapse_nb.studies.fetch import fetch
     rows = fetch(a.study, a.out or f"data/{a.study}", a.subjects, a.sessions, dry_run=a.dry_run, base=a.mirror)
@@ -53,7 +53,7 @@ def _fetch(a):
 
 def _prepare(a):
     from synapse_nb.train.recipes import run_prepare
-    run_prepare(a.study, a.root, a.out, preset=a.preset, jobs=a.jobs, subjects=a.subjects, sessions=a.sessions, force=a.force, options=dict(map(_option, a.set)))
+    run_prepare(a.study, a.root, a.out, preset=a.preset, jobs=a.jobs, subjects=a.subjects, sessions=a.sessions, force=a.force, options=dict(map(_option, a.set)), allow_refused=a.allow_refused)
 
 def _option(text: str) -> tuple:
     "`trigger=MISC 001` -> ('trigger', 'MISC 001'); numbers, true, false and {...} as JSON says them."
@@ -85,7 +85,7 @@ def _audit(a):
     if a.report: print(f"written: {audit_report(result).save(a.report)}")
     if result.exit_code: raise SynapseError(f"audit: {result.verdict}")
 
-# %% ../../nbs/apps/93_cli.ipynb #e4868c83
+# %% ../../nbs/apps/93_cli.ipynb #b81420fa
 def _command(sub, name: str, func, help: str, *args):
     "Add a command; each of `args` is (flags, options)."
     p = sub.add_parser(name, help=help, description=help)
@@ -122,7 +122,8 @@ def make_parser() -> argparse.ArgumentParser:
     _command(sub, "prepare", _prepare, "a study's recordings into the store", ("study", {}), ("root", {}), ("--out", dict(default="store")),
              ("--preset", dict(default=None, help="name or text of the preprocessing pipeline")), ("--jobs", dict(type=int, default=1)),
              ("--subjects", dict(nargs="*", default=None)), ("--sessions", dict(nargs="*", default=None)), FORCE,
-             ("--set", dict(action="append", default=[], metavar="NAME=VALUE", help="an option of the study's reader: trigger, codes, columns, images, …")))
+             ("--set", dict(action="append", default=[], metavar="NAME=VALUE", help="an option of the study's reader: trigger, codes, columns, images, …")),
+             ("--allow-refused", dict(action="store_true", help="keep the table's onsets where the pulses do not fit it")))
     _command(sub, "align", _align, "which sample saw which event, and how sure", ("recording", {}), ("events", {}),
              ("--channel", dict(nargs="+", default=None, help="channel that carries the pulses; several single-bit lines make a code; 'annotations' for markers")),
              ("--column", dict(default=None, help="column of the onsets")), ("--lag", dict(type=float, default=None, metavar="MS", help="lag of the recording behind the log, where it is known")), ("--out", dict(default=None, metavar="TSV", help="the events with corrected onsets")),

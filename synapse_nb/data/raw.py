@@ -6,12 +6,14 @@
 __all__ = ['FORMATS', 'read_table', 'format_of', 'Clock', 'check_clock', 'H5Rows', 'array_raw', 'find_bids', 'read_raw',
            'Inspection', 'inspect']
 
-# %% ../../nbs/data/10_raw.ipynb #77673618
+# %% ../../nbs/data/10_raw.ipynb #8f8afd21
 import codecs
 import csv
+import gzip
 import io
 import re
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -39,7 +41,7 @@ def _delimiter(header: str) -> str:
     "The separator that divides the header line into most cells; a tab when none does."
     return max("\t;,|", key=lambda s: (len(next(csv.reader([header], delimiter=s), [])), s == "\t"))
 
-# %% ../../nbs/data/10_raw.ipynb #73dbe84a
+# %% ../../nbs/data/10_raw.ipynb #e4b5d9ca
 _MISSING = ["n/a", "N/A", "n.a.", "n/a ", " ", ""]
 
 def read_table(path, text: bool = False) -> pd.DataFrame:
@@ -47,7 +49,9 @@ def read_table(path, text: bool = False) -> pd.DataFrame:
 
     `text=True` leaves every cell the string that was written. Raises `SynapseError` naming the file when it is missing, empty or no table."""
     path = check_file(path, "table")
-    words, _ = _decode(path.read_bytes())
+    data = path.read_bytes()
+    try: words, _ = _decode(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise SynapseError(f"The table {path} cannot be unpacked ({e}); copy it again.") from None
     lines = [s for s in words.replace("\r\n", "\n").replace("\r", "\n").split("\n") if s.strip("\ufeff\x00 ")]
     if not lines: raise SynapseError(f"The table {path} holds no lines; export it again.")
     sep = _delimiter(lines[0]); kw = dict(dtype=str, na_filter=False) if text else dict(keep_default_na=False, na_values=_MISSING, decimal="," if sep == ";" and any(re.search(r"(^|;)-?\d+,\d+(;|$)", s) for s in lines[1:20]) else ".", low_memory=False)
@@ -230,7 +234,7 @@ def _read_xdf(path, stream: str | None = None, **kw):
     _set_montage(raw); raw.synapse_notes = notes
     return raw
 
-# %% ../../nbs/data/10_raw.ipynb #1f8298b9
+# %% ../../nbs/data/10_raw.ipynb #2a40f110
 def _read_mat(path, sfreq: float | None = None, name: str | None = None, unit: float = 1.0, **kw):
     "FieldTrip's raw structure, or a plain (channels, samples) array whose rate the caller gives as `sfreq`."
     import mne
@@ -257,6 +261,9 @@ def _read_brainvision(path, preload=False, **kw):
     from mne.io import read_raw_brainvision
     head = path.with_suffix(".vhdr")
     if not head.exists(): raise SynapseError(f"{path} needs its header {head.name} beside it; copy the three files .vhdr, .vmrk and .eeg together.")
+    for what, name in re.findall(r"^(DataFile|MarkerFile)\s*=\s*(.+?)\s*$", _decode(head.read_bytes())[0], re.M):
+        name = name.replace("$b", head.stem)
+        if not (head.parent/name).exists(): raise SynapseError(f"{head} names {name!r} as its {what}, which is not beside it; copy the three files together, or, if they were renamed, correct that line of the header.")
     return read_raw_brainvision(str(head), preload=preload, verbose="ERROR", **kw)
 
 # %% ../../nbs/data/10_raw.ipynb #1257138b
@@ -292,7 +299,7 @@ def array_raw(x, info, scale=1.):
     raw = _array_raw()(x, info); raw.synapse_notes = []
     return raw
 
-# %% ../../nbs/data/10_raw.ipynb #d9be4795
+# %% ../../nbs/data/10_raw.ipynb #042efdd0
 def _read_fif(path, preload=False, **kw):
     "A FIF recording; epochs, averages and others are refused by what they are."
     if (kind := _fif_kind(path)) != "recording":
@@ -303,7 +310,9 @@ def _read_fif(path, preload=False, **kw):
 def _read_ctf(path, preload=False, **kw):
     "A CTF `.ds` folder (or a file in it)."
     from mne.io import read_raw_ctf
-    return read_raw_ctf(str(path if path.is_dir() else path.parent), preload=preload, **{"verbose": "ERROR"} | kw)
+    path = path if path.is_dir() else path.parent; head = [p for p in path.glob("*.res4") if not p.name.startswith(".")]
+    if head and not (path/f"{path.stem}.res4").exists(): raise SynapseError(f"{path} was renamed: the files in it are called {head[0].stem}; rename the folder to {head[0].stem}.ds, or those files.")
+    return read_raw_ctf(str(path), preload=preload, **{"verbose": "ERROR"} | kw)
 
 def _read_any(path, preload=False, **kw):
     "Whatever MNE's own dispatcher knows (EDF, BDF, GDF, EEGLAB, SNIRF, ...)."

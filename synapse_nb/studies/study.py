@@ -109,11 +109,12 @@ def make_events(df: pd.DataFrame, rec: Recording, sfreq: float, duration: float,
     if onset.isna().any(): log.warning("%s: %d row(s) without an onset are left out (first: row %d)", where, onset.isna().sum(), int(np.flatnonzero(onset.isna())[0]) + 1)
     return out[onset.notna()].reset_index(drop=True)
 
-# %% ../../nbs/studies/20_study.ipynb #80280f5f
+# %% ../../nbs/studies/20_study.ipynb #1fe13192
 class _Contract(ABC):
     "What a subclass of `Study` must say (the abstract ones), and may."
     name = ""
     unmarked = False                    # may a recording without any event be prepared (a rest, say)? It is stored without trials, and that is said
+    on_clock = False                    # are the table's onsets on the recording's clock by definition (BIDS)?
 
     def __init__(self, root, **options):
         self.root, self.options, self._size = check_file(root, "study folder"), options, {}
@@ -260,16 +261,18 @@ def inspect_path(path, **kw) -> Inspection:
         return find_pulses_raw(raw, channel)
     return inspect(path, find=find, **kw)
 
-# %% ../../nbs/studies/20_study.ipynb #93f4afdf
+# %% ../../nbs/studies/20_study.ipynb #1cfa2d79
 def _entities(name: str) -> dict[str, str]:
     "`sub-01_ses-02_task-x_eeg.vhdr` -> {'sub': '01', 'ses': '02', 'task': 'x'}."
     return dict(re.findall(r"(?:^|_)([a-z]+)-([A-Za-z0-9+]+)", name))
+
+def _same(a: str | None, b: str) -> bool: return a == b or a is not None and a.isdigit() and b.isdigit() and int(a) == int(b)        # run-01 and run-1
 
 def _sidecar(path: Path, root: Path, suffix: str) -> Path | None:
     "The nearest `*_{suffix}` that applies to `path` by BIDS inheritance: in its folder or above, all of whose entities it shares; most specific first."
     mine, folder, best = _entities(path.name), path.parent, None
     while True:
-        fits = [p for p in folder.glob(f"*{suffix}") if all(mine.get(k) == v for k, v in _entities(p.name).items() if k != "split")]
+        fits = [p for end in (suffix, suffix + ".gz") for p in folder.glob(f"*{end}") if all(_same(mine.get(k), v) for k, v in _entities(p.name).items() if k != "split")]
         if fits: return max(fits, key=lambda p: len(_entities(p.name)))
         if folder == root or folder == folder.parent: return best
         folder = folder.parent
@@ -297,7 +300,7 @@ def _bids_positions(study, rec: Recording, raw) -> None:
         raw.set_montage(mne.channels.make_dig_montage(dict(zip(t.name[ok].astype(str), xyz[ok])), coord_frame="head"), match_case=False, on_missing="ignore", verbose="ERROR")
     else: _set_montage(raw)
 
-# %% ../../nbs/studies/20_study.ipynb #7fdee879
+# %% ../../nbs/studies/20_study.ipynb #0e465f30
 def _bids_raw(study, rec: Recording):
     "The raw with the types and bad channels of `channels.tsv`."
     raw = read_raw(rec.path); ch = _bids_channels(study, rec)
@@ -309,9 +312,16 @@ def _bids_raw(study, rec: Recording):
     study._size[rec.key] = (float(raw.info["sfreq"]), raw.n_times/float(raw.info["sfreq"]))
     return raw
 
+def _orphans(study, rec: Recording) -> list[Path]:
+    "Events tables in the recording's folder that no recording there takes."
+    taken = {_sidecar(p, study.root, "_events.tsv") for p in find_bids(study.root) if p.parent == rec.path.parent}
+    return [p for p in sorted(rec.path.parent.glob("*_events.tsv*")) if p not in taken]
+
 def _bids_events(study, rec: Recording) -> pd.DataFrame:
     "The events table out of `events.tsv`; concept and category of a picture out of the picture table where the events do not say."
-    if rec.events_path is None: raise NoEvents(f"{rec.path} has no *_events.tsv beside it; nothing says what was shown when.")
+    if rec.events_path is None:
+        if near := _orphans(study, rec): raise SynapseError(f"{rec.path} has no *_events.tsv of its own name, but {near[0].name} lies beside it and belongs to no recording; rename it.")
+        raise NoEvents(f"{rec.path} has no *_events.tsv beside it; nothing says what was shown when.")
     ev = make_events(read_table(rec.events_path), rec, *study.size(rec), columns=study.columns)
     stim = study.stimuli()
     for k in ("concept", "category"):
@@ -331,14 +341,14 @@ def _bids_stimuli(study):
         study._stim = load_pictures(study.images) if study.images.is_dir() and any(study.images.rglob("*.*")) else None
     return study._stim
 
-# %% ../../nbs/studies/20_study.ipynb #9aede076
+# %% ../../nbs/studies/20_study.ipynb #814c6c5b
 @register_study("bids", "simulated")
 class BidsStudy(Study):
     """Any BIDS data set of MEG or EEG (FIF, CTF, KIT, BrainVision, EDF, BDF, ...): `sub-*/[ses-*/](meg|eeg)/` with `*_events.tsv` and `*_channels.tsv`, pictures in `stimuli/`.
 
     `task` picks one of several tasks; `columns` renames the meaning of columns of `events.tsv`; `images` is the folder of pictures when they are elsewhere."""
 
-    unmarked = True
+    unmarked = on_clock = True
     def __init__(self, root, task: str | None = None, columns: dict | None = None, images=None):
         super().__init__(root, task=task, columns=columns, images=images)
         self.task, self.columns, self.images = task, columns, Path(images) if images else self.root/"stimuli"
