@@ -285,3 +285,35 @@ def test_devices_go_into_the_store(devices, tmp_path):
 def test_truncated_devices_are_errors(devices, name, part):
     p = devices[0] / name; p.write_bytes(p.read_bytes()[:int(p.stat().st_size * part)])
     with pytest.raises(SynapseError, match=p.name): read_raw(p)
+
+
+def test_headset_tables_of_other_programs(tmp_path):
+    "Stamps in ms or as dates, packed, markers as words or on two lines, a column called stim, people named sub-07: the same trials. A word among the numbers is named."
+    def trials(name, extra=None, file="subject1/session1/a.csv", **kw):
+        p = tmp_path / name / file; p.parent.mkdir(parents=True); muse(p, extra=extra, **kw)
+        s = get_study("n170", tmp_path / name); r, = s.find_recordings(); ev = s.read_events(r)
+        return r, ev
+    def stamps(f): return lambda d: d.__setitem__("timestamps", f(d["timestamps"]))
+    _, want = trials("plain")
+    assert want["sample"].tolist() == [256, 512] and set(want.category) == {"house"}
+    same = lambda got: got[1]["sample"].tolist() == [256, 512] and set(got[1].category) == {"house"}
+    assert same(trials("ms", stamps(lambda t: t * 1000))) and same(trials("us", stamps(lambda t: t * 1e6))) and same(trials("dates", stamps(lambda t: pd.to_datetime(t, unit="s").astype(str))))
+    assert same(trials("packed", file="subject1/session1/a.csv.gz", compression="gzip")) and same(trials("stim", lambda d: d.insert(5, "stim", d.pop("Marker0"))))
+    assert same(trials("words", lambda d: d.__setitem__("Marker0", d["Marker0"].map({0: "", 1: "House"})))) and same(trials("two lines", lambda d: d.__setitem__("Marker1", d["Marker0"])))
+    r, ev = trials("named", file="sub-07/ses-02/a.csv"); assert (r.subject, r.session) == ("07", "02")
+    def word(d): d["TP9"] = d["TP9"].astype(object); d.loc[700, "TP9"] = "oops"
+    with pytest.raises(SynapseError, match="a.csv, row 702, column 'TP9': 'oops' is no number"): trials("word", word)
+    def hole(d): d.loc[700, "TP9"] = np.nan
+    from synapse_nb.data.preprocess import Pipeline
+    p = tmp_path / "hole.csv"; muse(p, extra=hole)
+    with pytest.raises(SynapseError, match=r"2\.734 s on: NaN"): Pipeline.parse("clamp(1)").apply(read_raw(p))
+
+
+def test_renamed_folders_and_forgotten_files_are_named(tmp_path, test_data):
+    import shutil
+    shutil.copytree(test_data / "ctf_short/testdata_ctf_short_discontinuous.ds", tmp_path / "S01.v2.ds")
+    with pytest.raises(SynapseError, match="was renamed: the files in it are called testdata_ctf_short_discontinuous"): read_raw(tmp_path / "S01.v2.ds")
+    for f in (tmp_path / "S01.v2.ds").iterdir(): f.rename(f.with_name(f.name.replace("testdata_ctf_short_discontinuous", "S01.v2")))
+    assert read_raw(tmp_path / "S01.v2.ds").n_times == 2402
+    for s in (".vhdr", ".vmrk", ".eeg"): shutil.copy(test_data / f"brainvision/test{s}", tmp_path / f"b.2{s}")
+    with pytest.raises(SynapseError, match="names 'test.eeg' as its DataFile, which is not beside it"): read_raw(tmp_path / "b.2.vhdr")

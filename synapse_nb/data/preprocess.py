@@ -588,7 +588,7 @@ class Pipeline(_Flowing):
         for n in s.notes: log.info(n)
         return Preprocessed(out, s.sfreq, s.info)
 
-# %% ../../nbs/data/14_preprocess.ipynb #f8fc582f
+# %% ../../nbs/data/14_preprocess.ipynb #f1628441
 def _bar(stream, show: bool):
     "The stream, with a progress bar when asked."
     return progress(stream, "preprocess") if show else stream
@@ -607,7 +607,7 @@ def _read_blocks(raw, picks, values: int = 2_000_000) -> Iterator:
     n = max(1000, values//max(1, len(picks)))
     for a in range(0, raw.n_times, n):
         b = raw[picks, a:min(a + n, raw.n_times)][0]
-        if not np.isfinite(b).all(): check_finite(b, f"{_raw_name(raw)}, {a/raw.info['sfreq']:.1f} s on", [raw.ch_names[i] for i in picks])
+        if not np.isfinite(b).all(): check_finite(b, f"{_raw_name(raw)}, {(a + int(np.flatnonzero(~np.isfinite(b).all(0))[0]))/raw.info['sfreq']:.3f} s on", [raw.ch_names[i] for i in picks])
         yield b
 
 def _raw_name(raw) -> str:

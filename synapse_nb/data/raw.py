@@ -145,10 +145,16 @@ def _set_montage(raw) -> None:
     montage = mne.channels.make_standard_montage("colin27_1005" if "colin27_1005" in names else "standard_1005"); known = {n.lower() for n in montage.ch_names}
     if sum(n.lower() in known for n, t in zip(raw.ch_names, raw.get_channel_types()) if t == "eeg") >= 2: raw.set_montage(montage, match_case=False, on_missing="ignore", verbose="ERROR")
 
-# %% ../../nbs/data/10_raw.ipynb #d241717e
+# %% ../../nbs/data/10_raw.ipynb #062c5a7c
+def _check_numbers(df: pd.DataFrame, path) -> None:
+    "Raise `SynapseError` naming the first cell that is no number in a column of numbers."
+    for c in (c for c in df.columns if not pd.api.types.is_numeric_dtype(df[c])):
+        words = pd.to_numeric(df[c], errors="coerce").isna() & df[c].notna()
+        if words.mean() < 0.1: raise SynapseError(f"{path}, row {int(np.flatnonzero(words)[0]) + 2}, column {c!r}: {df[c][words].iloc[0]!r} is no number ({words.sum()} such cells); repair the table.")
+
 def _csv_columns(df: pd.DataFrame, path) -> tuple[str | None, list[str], list[str]]:
     "The time column, the marker columns and the electrodes of a headset's table, by name and by content."
-    time = next((c for c in df.columns if _TIME.match(c)), None)
+    time = next((c for c in df.columns if _TIME.match(c)), None); _check_numbers(df.drop(columns=[c for c in df.columns if c == time or _MARK.match(c)]), path)
     numeric = [c for c in df.columns if c != time and pd.api.types.is_numeric_dtype(df[c]) and not re.match(r"unnamed|^$", c, re.I)]
     marks = [c for c in numeric if _MARK.match(c)]
     if not marks and len(numeric) > 1:                                    # by content: the last column, whole numbers, mostly one value
@@ -158,6 +164,18 @@ def _csv_columns(df: pd.DataFrame, path) -> tuple[str | None, list[str], list[st
     if not chans: raise SynapseError(f"{path} has no column of numbers that could be an electrode; its columns are {', '.join(map(repr, df.columns))}.")
     return time, marks, chans
 
+def _seconds(stamps: pd.Series) -> tuple[np.ndarray, list[str]]:
+    "A column of time stamps in seconds, and what was done to it: dates and times of day, ms, µs and ns are told by content (nobody samples below 2.5 Hz)."
+    t = pd.to_numeric(stamps, errors="coerce")
+    if t.isna().sum() > stamps.isna().sum() + len(t)//2:
+        t = (when := pd.to_datetime(stamps, errors="coerce", format="ISO8601", utc=True)).map(lambda w: w.timestamp() if pd.notna(w) else np.nan)
+        if when.notna().sum() < 10: raise SynapseError(f"the time stamps (such as {str(stamps.dropna().iloc[0])!r}) are neither numbers nor dates; give the rate as sfreq=….")
+    t = t.to_numpy(float); i = np.flatnonzero(np.isfinite(t))
+    if len(i) < 10: return t, []
+    rate = 1/max(_slope(i, t[i], 4), 1e-12)
+    unit = next(((u, name) for u, name in ((1e-3, "milliseconds"), (1e-6, "microseconds"), (1e-9, "nanoseconds")) if rate < 2.5 and 20 < rate/u < 40_000), None)
+    return (t, []) if unit is None else (t*unit[0], [f"the time stamps are in {unit[1]}"])
+
 def _read_csv(path, sfreq: float | None = None, unit: float | None = None, **kw):
     "A headset's CSV as RawArray: electrodes in V, markers on stim channels; defects in `raw.synapse_notes`."
     import mne
@@ -166,12 +184,17 @@ def _read_csv(path, sfreq: float | None = None, unit: float | None = None, **kw)
     time, marks, chans = _csv_columns(df, path); notes = []
     if sfreq is None:
         if time is None: raise SynapseError(f"{path} has no column of time stamps (its columns: {', '.join(df.columns)}); give the rate as sfreq=….")
-        clock = check_clock(df[time]); sfreq, notes = clock.sfreq, clock.warnings()
+        try: t, notes = _seconds(df[time]); clock = check_clock(t)
+        except SynapseError as e: raise SynapseError(f"{path}: {e}") from None
+        sfreq = clock.sfreq; notes += clock.warnings()
     x = df[chans].to_numpy(float).T
     if unit is None: unit = 1e-6 if np.nanmedian(np.nanstd(x, axis=1)) > 1e-3 else 1.0
     types = [_kind_of(c) for c in chans]
     info = mne.create_info(chans + marks, sfreq, types + ["stim"]*len(marks))
     raw = mne.io.RawArray(np.vstack([x*unit, np.nan_to_num(df[marks].to_numpy(float).T)]), info, verbose="ERROR")
+    for c in (c for c in df.columns if _MARK.match(c) and c not in marks):                        # words as markers
+        w = df[c].astype("string").fillna("").str.strip(); w = w.where(w != "0", "")
+        for i in np.flatnonzero((w != "") & (w != w.shift(fill_value=""))): raw.annotations.append(i/sfreq, 0., str(w.iloc[i])); marks = [*marks, c]
     if time is not None and "clock" in locals():
         for s, d in clock.lost: raw.annotations.append(s/sfreq, 0., "BAD_gap")
     _set_montage(raw); raw.synapse_notes = notes + ([] if marks else ["no column of markers: nothing says when the pictures came"])
@@ -322,7 +345,7 @@ def _read_any(path, preload=False, **kw):
 _READERS = {"KIT": _read_kit, "CTF": _read_ctf, "BrainVision": _read_brainvision, "FIF": _read_fif, "XDF": _read_xdf, "CSV": _read_csv, "MATLAB": _read_mat,
             "BDF": _read_any, "EDF": _read_any, "GDF": _read_any, "SNIRF": _read_any, "EEGLAB": _read_any}
 
-# %% ../../nbs/data/10_raw.ipynb #350bdaa0
+# %% ../../nbs/data/10_raw.ipynb #35739480
 _BIDS_END = r"_(meg|eeg|ieeg|nirs)(\.ds|\.fif|\.fif\.gz|\.con|\.sqd|\.vhdr|\.edf|\.bdf|\.set|\.snirf)$"
 
 def find_bids(root) -> list[Path]:
@@ -332,8 +355,11 @@ def find_bids(root) -> list[Path]:
         if re.search(_BIDS_END, p.name) and not re.search(r"_split-0*([2-9]|\d\d)_", p.name) and not any(q.suffix == ".ds" for q in p.relative_to(root).parents): out.append(p)
     return out
 
+_TYPE_WORDS = set("all bads bio chpi data dbs ecg ecog eeg emg eog exci eyegaze eyetrack fnirs grad gsr hbo hbr ias mag meg misc pupil ref_meg resp seeg source stim syst temperature".split())
+
 def _retype(raw, fmt: str) -> None:
-    "Types by name where a format has none (everything is EEG to EDF, BDF and BrainVision)."
+    "Types by name where a format has none (everything is EEG to EDF, BDF and BrainVision); a channel that is called as MNE calls a type, `stim`, is written in capitals."
+    if clash := {c: c.upper() for c in raw.ch_names if c in _TYPE_WORDS and c.upper() not in raw.ch_names}: raw.rename_channels(clash, verbose="ERROR")
     if fmt not in ("EDF", "BDF", "GDF", "BrainVision"): return
     new = {n: k for n, t in zip(raw.ch_names, raw.get_channel_types()) if t == "eeg" and (k := _kind_of(n)) != "eeg"}
     if new: raw.set_channel_types(new, on_unit_change="ignore", verbose="ERROR")
@@ -567,7 +593,7 @@ def _kit_markers(path):
     try: return read_mrk(str(path))
     except Exception: return None
 
-# %% ../../nbs/data/10_raw.ipynb #c003e4c8
+# %% ../../nbs/data/10_raw.ipynb #48fd88ce
 def inspect(path, find=None, max_bytes: float = 2e8, **kw) -> Inspection:
     """What a file or folder holds, and what looks wrong with it (all values read, none repaired).
 
@@ -597,6 +623,8 @@ def _try_fif(path) -> str:
 
 def _is_signal_csv(path) -> bool:
     "A headset's recording rather than any other table: a time column, or several numeric columns and hundreds of rows."
-    with open(path, "rb") as f: head = _decode(f.read(20000))[0].splitlines()
+    try:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as f: head = _decode(f.read(20000))[0].splitlines()
+    except (OSError, EOFError): head = []
     cols = next(csv.reader([head[0]], delimiter=_delimiter(head[0])), []) if head else []
     return any(_TIME.match(c.strip("\ufeff ")) for c in cols) and len(head) > 50

@@ -30,18 +30,18 @@ EXPERIMENTS = {"n170": Experiment({1: "house", 2: "face"}, r"n170", 0.2, {"face"
                "left_right": Experiment({1: "left", 2: "right"}, r"left.?right", 0.2, {}),
                "ssvep": Experiment({1: "30 Hz", 2: "20 Hz"}, r"ssvep", 3.0, {})}
 
-# %% ../../nbs/studies/25_eegnb.ipynb #2781a9f5
+# %% ../../nbs/studies/25_eegnb.ipynb #44a2cacc
 def _muse_files(root: Path, experiment: Experiment) -> list[Path]:
     "The headset recordings below `root`; where the folders name experiments, those of this one only."
-    files = [p for p in sorted(root.rglob("*.csv")) if p.stat().st_size and _is_signal_csv(p)]
+    files = [p for p in sorted(root.rglob("*")) if re.search(r"\.csv(\.gz)?$", p.name, re.I) and p.is_file() and p.stat().st_size and _is_signal_csv(p)]
     named = [p for p in files if re.search(experiment.folder, p.relative_to(root.parent).as_posix(), re.I)]
     return named or files
 
 def _part(path: Path, root: Path, what: str) -> str | None:
     "`subject3` -> '3' (`session` alike) out of the folders above a file."
-    return next((m[1] for part in reversed(path.relative_to(root.parent).parts) if (m := re.search(rf"{what}[-_ ]?0*(\d+)", part, re.I))), None)
+    return next((m[1] for part in reversed(path.relative_to(root.parent).parts) if (m := re.search(rf"(?:^|[^a-z]){what[:3]}(?:{what[3:]})?[-_ ]?0*(\d+)", part, re.I))), None)
 
-# %% ../../nbs/studies/25_eegnb.ipynb #8ebe8162
+# %% ../../nbs/studies/25_eegnb.ipynb #6c1e7418
 @register_study("n170", "p300", "left_right", "ssvep")
 class MuseStudy(Study):
     """The eeg-notebooks experiments recorded with a Muse. `get_study("n170" | "p300" | "left_right" | "ssvep", root)`.
@@ -73,7 +73,8 @@ class MuseStudy(Study):
         return raw if self.keep_aux or not aux else raw.drop_channels(aux)
 
     def read_events(self, rec: Recording) -> pd.DataFrame:
-        ev = marker_events(self.read_raw(rec), rec, {str(k): v for k, v in (self.codes or self.experiment.codes).items()})
+        codes = {str(k): v for k, v in (self.codes or self.experiment.codes).items()}
+        ev = marker_events(self.read_raw(rec), rec, codes | {w: v for v in codes.values() for w in (v, v.title(), v.upper())})        # numbers, or the categories as words
         return ev.assign(duration=self.experiment.duration, trial_type="exp")
 
     def stimuli(self): return _pictures(self.images, self.experiment)

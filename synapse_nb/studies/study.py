@@ -385,7 +385,7 @@ def _number(items: list[str]) -> list[str]:
     "Runs 01, 02, ... for recordings of one session whose names say no run."
     return [f"{i + 1:02d}" for i in range(len(items))]
 
-# %% ../../nbs/studies/20_study.ipynb #e7aee95c
+# %% ../../nbs/studies/20_study.ipynb #11661b23
 def _markers(raw, rec: Recording, trigger: str | None) -> list[tuple[float, str]]:
     "(second, marker) of every step of the digital lines and every annotation, or of the pulses of the channel `trigger`; where there is none of all that, of the analogue trigger lines, by name."
     sf = float(raw.info["sfreq"]); rows = []
@@ -399,6 +399,7 @@ def _markers(raw, rec: Recording, trigger: str | None) -> list[tuple[float, str]
         rows += [(s/sf, str(v[s])) for s in at]
     first = raw.first_time if raw.annotations.orig_time is not None else 0.
     rows += [(a["onset"] - first, a["description"]) for a in raw.annotations if not a["description"].upper().startswith("BAD")]
+    rows = list(dict.fromkeys(rows))                                    # two lines that say the same at the same time are one event
     return rows or _analogue_markers(raw, format_of(rec.path) == "KIT")
 
 def _analogue_markers(raw, kit: bool) -> list[tuple[float, str]]:
