@@ -284,9 +284,9 @@ class ThingsMEGEpochs(_Things):
         ev = self._label(epochs_events(ep, rec, a, b, self.concepts, images, self.index, self.keep_catch), rec.path)
         return ev.assign(trial_type=np.where(ev.trial_type == "catch", "catch", np.where(ev.image_number.map(n) > 10, "test", "exp")))
 
-# %% ../../nbs/studies/22_things.ipynb #985ed6ac
+# %% ../../nbs/studies/22_things.ipynb #a257b963
 def compare_onsets(scheduled: dict[str, np.ndarray], measured: dict[str, np.ndarray], limit: float = 0.1) -> pd.DataFrame:
-    """Measured minus scheduled onsets, run by run: n, median, sd, min, max (s), and `odd` for runs whose median lies more than `limit` s from the median of all runs.
+    """Measured minus scheduled onsets, run by run: n, median, sd, min, max, offset (s; median minus the median of all runs), `shifted` for runs with an offset beyond `limit` s, `odd` for those whose offset exceeds three standard deviations of single trials: nearly all of such a run lies apart from the others.
 
     Both are {run: onsets s}, rows of one run in the same order. Raises `SynapseError` naming a run whose numbers of rows differ."""
     rows = []
@@ -294,5 +294,6 @@ def compare_onsets(scheduled: dict[str, np.ndarray], measured: dict[str, np.ndar
         a, b = np.asarray(scheduled[run], float), np.asarray(measured.get(run, []), float)
         if len(a) != len(b): raise SynapseError(f"{run}: {len(a)} scheduled onsets, {len(b)} measured; they cannot be compared row by row.")
         d = b - a; rows.append(dict(run=run, n=len(d), median=np.median(d), sd=d.std(ddof=1), min=d.min(), max=d.max()))
-    out = pd.DataFrame(rows); out["odd"] = (out["median"] - out["median"].median()).abs() > limit
+    out = pd.DataFrame(rows); out["offset"] = out["median"] - out["median"].median()
+    out["shifted"], out["odd"] = out.offset.abs() > limit, (out.offset.abs() > limit) & (out.offset.abs() > 3*out.sd.median())
     return out
