@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import norm
 
 from synapse_nb.evaluate.ceiling import (attainable, check_pair, expected_topk, learn, log_likelihood, oracle, oracle_marginal,
-                                         s_eff, split_half, topk)
+                                         population, s_eff, split_half, topk)
 from synapse_nb.studies.simulate import evidence, simulate_trials
 
 SPECIFIED = {1: (.05, .155), 3.3: (.17, .40), 6: (.33, .62), 9: (.49, .77), 12: (.65, .88), 24: (.92, .99)}
@@ -56,8 +56,9 @@ def test_order_of_ceilings_and_a_linear_decoder():
     m, rows, target = d["model"], np.arange(200), d["target"]
     args = (d["X_test"], d["plan_test"], rows, d["gallery"], d["known_test"])
     genie, quoted = topk(oracle(m, *args), target), topk(oracle_marginal(m, *args, nodes=5), target)
-    post = {n: learn(m, d["X"][:n], d["plan"], np.arange(n)) for n in (100, 1500)}
-    att = {n: topk(attainable(m, p, *args), target) for n, p in post.items()}
+    pop = population(m, 80)
+    post = {n: learn(m, d["X"][:n], d["plan"], np.arange(n), pop) for n in (100, 1500)}
+    att = {n: topk(attainable(m, p, *args[:4]), target) for n, p in post.items()}
     flat = lambda x: (x[:, :, 15:90].reshape(len(x), 60, 15, 5).mean(-1).reshape(len(x), -1) / d["X"].std()).clip(-8, 8)
     pred = Ridge(3e3).fit(flat(d["X"]), d["z"]).predict(flat(d["X_test"]))
     linear = topk(-((pred[:, None] - d["gallery"]) ** 2).sum(-1), target)

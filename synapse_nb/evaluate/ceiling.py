@@ -14,7 +14,8 @@ from ..core import SynapseError, rng
 
 # %% auto #0
 __all__ = ['N_FEATURES', 'expected_topk', 's_eff', 'decibel', 'Pair', 'check_pair', 'log_likelihood', 'ranks', 'topk', 'oracle',
-           'oracle_marginal', 'Posterior', 'learn', 'attainable', 'split_half', 'repeats_curve']
+           'oracle_marginal', 'Population', 'population', 'shape_evidence', 'Posterior', 'learn_blocks', 'learn',
+           'attainable', 'split_half', 'repeats_curve']
 
 # %% ../../nbs/evaluate/33_ceiling.ipynb #db105fca
 N_FEATURES = 160
@@ -141,52 +142,145 @@ def oracle_marginal(model, x, plan, rows, gallery, known=None, nodes: int = 7, b
         out.append(logsumexp(total, axis=0))
     return np.concatenate(out)
 
-# %% ../../nbs/evaluate/33_ceiling.ipynb #90051a64
+# %% ../../nbs/evaluate/33_ceiling.ipynb #3f9a9569
+def _regress(m, z):
+    "Uncorrelated regressors with a constant, (N, 1 + F'), from features z (N, 64)."
+    from synapse_nb.studies.simulate import make_things
+    if not hasattr(m, "_rotate"):
+        v, u = np.linalg.eigh(m._cov); keep = v > 1e-6 * v.max()
+        m._rotate = m.regress(make_things(500, 2, m.seed, key="reference")[0]).mean(0), u[:, keep], np.sqrt(v[keep])
+    mean, u, sd = m._rotate
+    return np.column_stack([np.ones(len(z)), (m.regress(z) - mean) @ u / sd])
+
+def _weights_of(m, person):
+    "A person's weights of the uncorrelated regressors, (1 + F', K)."
+    _regress(m, np.zeros((1, 64))); mean, u, sd = m._rotate
+    return np.vstack([person.mean + person.w @ mean, (sd * (person.w @ u)).T])
+
+# %% ../../nbs/evaluate/33_ceiling.ipynb #98453498
+@dataclass
+class Population:
+    "What is known of a person before the first trial: shapes (q, C, F) of responses at the sensors by frequency, mean (R, q) and covariance (R, q, q) over people of the weights of R regressors, and what is left out (part of the variance)."
+    shapes: np.ndarray
+    mean: np.ndarray
+    cov: np.ndarray
+    left_out: float
+
+def _whitened(m, person, root):
+    "Responses of a person's components in units of the noise, as real vectors (K, 2 C F)."
+    from synapse_nb.studies.simulate import response_spectra
+    x = np.einsum("fcd,kdf->kcf", root, response_spectra(m, person, root.shape[0]), optimize=True) * np.sqrt(m._fold() / m.n_times)[:root.shape[0]]
+    return np.concatenate([x.real, x.imag], 1).reshape(len(x), -1).astype(np.float32)
+
+def _directions(m, people, weights, root, q):
+    "The `q` largest directions of what people's responses to pictures vary in: (q, 2 C F); and the part of the variance outside."
+    g = np.zeros((0, 2 * m.n_chans * root.shape[0]), np.float32)
+    for p, w in zip(people, weights): s = np.sqrt((w[1:] ** 2).sum(0)); g = np.concatenate([g, s[:, None] * _whitened(m, p, root)])
+    v, u = np.linalg.eigh((g @ g.T).astype(float))
+    v, u = np.maximum(v[::-1], 0), u[:, ::-1]; q = min(q, int((v > 1e-9 * v[0]).sum()))
+    return (u[:, :q] / np.sqrt(v[:q])).T.astype(np.float32) @ g, float(1 - v[:q].sum() / v.sum())
+
+def population(model, n_people: int = 300, q: int = 100, fmax: float = 40.0) -> Population:
+    """The Gaussian that `n_people` simulated relatives of a `TrialModel`'s person suggest; responses up to `fmax` Hz in `q` shapes. Kept with the model."""
+    from synapse_nb.studies.simulate import noise_covariance, relatives
+    key = (n_people, q, fmax)
+    if getattr(model, "_population", (None,))[0] == key: return model._population[1]
+    n_f = int((model.freqs <= fmax).sum()); root = np.linalg.inv(np.linalg.cholesky(noise_covariance(model, n_freqs=n_f)))
+    people = list(relatives(model, n_people)); weights = [_weights_of(model, p) for p in people]
+    directions, left = _directions(model, people[:60], weights[:60], root, q)
+    maps = np.stack([w @ (_whitened(model, p, root) @ directions.T) for p, w in zip(people, weights)])       # (people, R, q)
+    mean, d = maps.mean(0), maps - maps.mean(0)
+    cov = np.einsum("pri,prj->rij", d, d, optimize=True) / (n_people - 1)
+    cov = .95 * cov + (.05 * np.einsum("rii->ri", cov) + 1e-6 * np.trace(cov.mean(0)) / len(directions))[..., None] * np.eye(len(directions))   # 300 people do not span more
+    half = directions.reshape(len(directions), 2 * model.n_chans, n_f)
+    shapes = np.einsum("fcd,qdf->qcf", np.linalg.inv(root), (half[:, :model.n_chans] + 1j * half[:, model.n_chans:]) / np.sqrt(model._fold() / model.n_times)[:n_f], optimize=True)
+    model._population = key, Population(shapes.astype(np.complex64), mean, cov, left)
+    return model._population[1]
+
+# %% ../../nbs/evaluate/33_ceiling.ipynb #9f2ad0a1
+def _shape_solver(m, pop, alpha, drift):
+    "Sigma^-1 of the shapes (q, C F) and their Gram matrix (q, q), in a state of the noise."
+    from synapse_nb.studies.simulate import noise_covariance
+    q, c, f = pop.shapes.shape; weight = (m._fold() / m.n_times)[:f]
+    v = np.linalg.solve(noise_covariance(m, alpha, drift, f), pop.shapes.transpose(2, 1, 0)) * weight[:, None, None]     # (F, C, q)
+    return v.transpose(2, 1, 0).reshape(q, -1).conj().astype(np.complex64), np.einsum("qcf,fcp->qp", pop.shapes.conj(), v, optimize=True).real
+
+def _states(plan, rows):
+    "Trials `rows` by state of the noise: yields (state, positions in `rows`)."
+    s = list(zip(plan["alpha"][rows].tolist(), plan["drift"][rows].tolist()))
+    for state in sorted(set(s)): yield state, np.array([i for i, v in enumerate(s) if v == state])
+
+def shape_evidence(model, pop: Population, x, plan, rows):
+    "b (n, q) and, by state, the Gram matrix of the shapes: as `evidence`, for responses without known components; the trial's gain and common latency are known, its components' own latencies are not."
+    n_f = pop.shapes.shape[2]; b, gram = np.zeros((len(rows), len(pop.shapes))), {}
+    late = (plan["latency"][rows] - model.person.latency).mean(1)
+    xf = np.fft.rfft(x, axis=-1)[..., :n_f] * np.exp(2j * np.pi * late[:, None] * model.freqs[:n_f])[:, None]
+    for state, i in _states(plan, rows):
+        if (key := (id(pop), state)) not in model._solve: model._solve[key] = _shape_solver(model, pop, *state)
+        v, gram[state] = model._solve[key]
+        b[i] = (xf[i].reshape(len(i), -1).astype(np.complex64) @ v.T).real
+    return b, gram
+
+# %% ../../nbs/evaluate/33_ceiling.ipynb #49ddb3a2
 @dataclass
 class Posterior:
-    "What N trials say about the weights: mean (K, F) and Cholesky factor of the precision ((K F), (K F))."
+    "What N trials say about a person: mean (R, q) and covariance (R, q, q) of the weights of R regressors on the population's shapes."
+    population: Population
     mean: np.ndarray
-    chol: np.ndarray
+    cov: np.ndarray
     n: int
 
-def learn(model, x, plan, rows, known=None, block: int = 500) -> Posterior:
-    """Posterior of the weights (K, F) given training windows `x` (n, C, T) of trials `rows`, from the population prior (`model.prior()`). Cost grows with (K F)^2 n and (K F)^3."""
-    from scipy.linalg import cho_solve, cholesky
-    from synapse_nb.studies.simulate import evidence
-    mean, var = model.prior()
-    phi = model.regress(plan["z"][rows])
-    k, f = mean.shape
-    precision, right = np.zeros((f * f, k * k), np.float32), np.zeros((k, f))
-    for a in range(0, len(rows), block):
-        s = slice(a, a + block)
-        b, g = evidence(model, x[s] if known is None else x[s] - known[s], plan, rows[s])
-        right += (b - np.einsum("nkl,l->nk", g, model.person.mean)).T @ phi[s]
-        outer = np.einsum("ni,nj->nij", phi[s], phi[s]).reshape(len(b), -1).astype(np.float32)
-        precision += outer.T @ g.reshape(len(b), -1).astype(np.float32)
-    full = precision.reshape(f, f, k, k).transpose(2, 0, 3, 1).reshape(k * f, k * f).astype(np.float64)
-    full[np.arange(k * f), np.arange(k * f)] += 1 / var.ravel()
-    chol = cholesky(full, lower=True, overwrite_a=True)
-    return Posterior(cho_solve((chol, True), (right + mean / var).ravel()).reshape(k, f), chol, len(rows))
+def learn_blocks(model, blocks, plan, pop: Population | None = None, sweeps: int = 12) -> Posterior:
+    """Posterior of this person's responses from training windows that come in blocks (rows of `plan`, x (n, C, T)), as `trial_blocks` makes them; more trials than memory holds are no matter.
 
-def attainable(model, posterior: Posterior, x, plan, rows, gallery, known=None, block: int = 100) -> np.ndarray:
-    "Log likelihood (n, pictures) when this person's weights are known as far as `posterior` goes: candidates' drives have a mean and a covariance. Otherwise as `oracle`."
-    from scipy.linalg import solve_triangular
-    from synapse_nb.studies.simulate import evidence
-    phi, (k, f) = model.regress(gallery), posterior.mean.shape
-    d = phi @ posterior.mean.T + model.person.mean
-    cov = np.empty((len(phi), k, k))
-    for i, v in enumerate(phi):                                       # Cov(W phi) = A' precision^-1 A with A = I kron phi
-        a = solve_triangular(posterior.chol, np.kron(np.eye(k), v[:, None]), lower=True)
-        cov[i] = a.T @ a
-    out, eye = np.empty((len(rows), len(phi))), np.eye(k)
-    for s in range(0, len(rows), block):
-        i = slice(s, s + block)
-        b, g = evidence(model, x[i] if known is None else x[i] - known[i], plan, rows[i])
-        out[i] = log_likelihood(b, g, d)
-        for c in range(len(phi)):
-            u = b - g @ d[c]
-            m = eye + cov[c] @ g
-            out[i, c] += (u * np.linalg.solve(m, (u @ cov[c])[..., None])[..., 0]).sum(1) / 2 - np.linalg.slogdet(m)[1] / 2
+    `pop`: default `population(model)`. One small solve a regressor, `sweeps` times in turn (block Gauss-Seidel: the exact mean; the covariance between regressors is not kept)."""
+    pop, n = pop or population(model), 0
+    r, q = pop.mean.shape; right, cross, gram = np.zeros((r, q)), {}, {}
+    for rows, x, *_ in blocks:
+        psi, gain = _regress(model, plan["z"][rows]), plan["gain"][rows]; n += len(rows)
+        b, g = shape_evidence(model, pop, x, plan, rows); gram |= g
+        right += (psi * gain[:, None]).T @ b
+        for state, i in _states(plan, rows): p = psi[i] * gain[i, None]; cross[state] = cross.get(state, 0) + p.T @ p
+    return Posterior(pop, *_solve(pop, right, np.array([cross[k] for k in gram]), np.array(list(gram.values())), sweeps), n)
+
+def learn(model, x, plan, rows, pop: Population | None = None, block: int = 500) -> Posterior:
+    "`learn_blocks` on windows in memory, `x` (n, C, T) of trials `rows`; trials with a transient are left out."
+    keep = np.flatnonzero(~plan["transient"][rows])
+    return learn_blocks(model, ((rows[keep[a:a + block]], x[keep[a:a + block]]) for a in range(0, len(keep), block)), plan, pop)
+
+def _solve(pop, right, cross, gram, sweeps):
+    "Mean (R, q) and covariance (R, q, q) from the sums over trials: right (R, q), cross (states, R, R), Gram matrices (states, q, q)."
+    prior = np.linalg.inv(pop.cov); own = np.einsum("srr->rs", cross)
+    cov = np.linalg.inv(prior + np.einsum("rs,sij->rij", own, gram, optimize=True))
+    mean, start = pop.mean.copy(), np.einsum("rij,rj->ri", prior, pop.mean)
+    for _ in range(sweeps):
+        for k in range(len(mean)):
+            others = cross[:, k].copy(); others[:, k] = 0
+            mean[k] = cov[k] @ (start[k] + right[k] - np.einsum("si,sij->j", others @ mean, gram))
+    return mean, cov
+
+# %% ../../nbs/evaluate/33_ceiling.ipynb #bd2aa142
+def attainable(model, posterior: Posterior, x, plan, rows, gallery, block: int = 500) -> np.ndarray:
+    """Log likelihood (n, pictures) of every picture of `gallery` when this person is known as far as `posterior` goes: a candidate's response has a mean and a covariance. What overlaps from neighbours is noise here.
+
+    The trial's gain, common latency and noise are known as in `oracle`, so that the difference is what has to be learnt."""
+    psi, pop = _regress(model, gallery), posterior.population
+    d = psi @ posterior.mean; root = np.linalg.cholesky(np.einsum("cr,rij->cij", psi**2, posterior.cov, optimize=True))
+    out, cache = np.empty((len(rows), len(psi))), {}
+    for a in range(0, len(rows), block):
+        i = rows[a:a + block]
+        b, gram = shape_evidence(model, pop, x[a:a + block], plan, i)
+        for state, j in _states(plan, i):
+            if state not in cache: cache[state] = np.linalg.eigh(root.transpose(0, 2, 1) @ gram[state] @ root)
+            g = plan["gain"][i][j]; out[a + j] = _candidates(b[j], g, d, gram[state], root, *cache[state])
+    return out
+
+def _candidates(b, gain, d, gram, root, lam, vec):
+    "Log likelihood (n, pictures) when candidate c's drive is N(d_c, root_c root_c')."
+    dg = d @ gram; out = gain[:, None] * (b @ d.T) - gain[:, None] ** 2 * (dg * d).sum(1) / 2
+    for c in range(len(d)):
+        u = (gain[:, None] * b - gain[:, None] ** 2 * dg[c]) @ root[c] @ vec[c]; s = 1 + gain[:, None] ** 2 * np.maximum(lam[c], 0)
+        out[:, c] += (u**2 / s - np.log(s)).sum(1) / 2
     return out
 
 # %% ../../nbs/evaluate/33_ceiling.ipynb #b18bab62

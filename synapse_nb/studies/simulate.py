@@ -21,7 +21,8 @@ from ..stimuli.images import CATEGORIES, PictureSet, load_pictures, make_picture
 __all__ = ['PRESETS', 'CENTRE', 'HEAD', 'EEG_NAMES', 'EEG_REFERENCE', 'Preset', 'get_preset', 'make_info', 'components',
            'regressors', 'weight_variance', 'burst', 'Person', 'make_person', 'add_sensors', 'Clock', 'make_clock',
            'make_schedule', 'simulate_run', 'photodiode', 'trigger_line', 'Truth', 'load_truth', 'simulate_study',
-           'make_things', 'TrialModel', 'trial_blocks', 'evidence', 'simulate_trials']
+           'make_things', 'TrialModel', 'trial_blocks', 'noise_covariance', 'response_spectra', 'relatives', 'evidence',
+           'simulate_trials']
 
 # %% ../../nbs/studies/21_simulate.ipynb #da26cf5b
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def _gaze_weights(cov):
     w = rng("gaze").standard_normal(len(cov)) * (_group_of() == 1)
     return w[None] / np.sqrt(w @ cov @ w)
 
-# %% ../../nbs/studies/21_simulate.ipynb #473e959d
+# %% ../../nbs/studies/21_simulate.ipynb #5436880c
 def _noise_sources(preset, seed, subject):
     "Dipoles that make noise: 300 background, 8 alpha, blink, gaze, heart: {name: (positions, orientations)}."
     r = rng(seed, subject, "noise sources")
@@ -288,12 +289,12 @@ def _noise_sources(preset, seed, subject):
             "blink": (CENTRE + .078 * eyes, unit([(0, .5, .85)] * 2)), "gaze": (CENTRE + .078 * eyes, unit([(1, .1, 0)] * 2)),
             "heart": (CENTRE + np.array([[.015, 0, -.072]]), unit([(.8, .6, .1)]))}
 
-def add_sensors(person: Person, preset: Preset, seed: int, modality: str, session: str = "01") -> Person:
-    "The patterns of a person's sources at the sensors of one modality; in MEG the head sits differently in every session."
+def add_sensors(person: Person, preset: Preset, seed: int, modality: str, session: str = "01", noise: bool = True) -> Person:
+    "The patterns of a person's sources at the sensors of one modality; in MEG the head sits differently in every session. Without `noise`, those of the responses only."
     info = make_info(modality, preset.sfreq, _head_position(preset, seed, person.subject, session), preset.n_meg)
     ref = _reference_to if modality == "eeg" else np.asarray
     pos, ori, weight = _patches(preset, seed, person.subject)
-    sources = _noise_sources(preset, seed, person.subject)
+    sources = {k: v for k, v in _noise_sources(preset, seed, person.subject).items() if noise or k == "gaze"}
     parts = [(pos.reshape(-1, 3), ori.reshape(-1, 3)), *sources.values()]
     field_of = ref(_forward(info, np.concatenate([a for a, _ in parts]), np.concatenate([b for _, b in parts])))
     edges = np.cumsum([len(a) for a, _ in parts])
@@ -305,6 +306,10 @@ def add_sensors(person: Person, preset: Preset, seed: int, modality: str, sessio
         gaze = person.noise[modality]["gaze"].sum(1)
         patterns = np.column_stack([patterns, gaze / np.linalg.norm(gaze) * np.sqrt(power * preset.eye / (1 - preset.eye))])
     person.patterns[modality] = patterns
+    return _near_sources_agree(person, modality, sources) if noise else person
+
+def _near_sources_agree(person, modality, sources):
+    "Background sources within two centimetres are correlated."
     near = np.linalg.norm(sources["background"][0][:, None] - sources["background"][0][None], axis=-1)
     mix = np.exp(-(near / .02) ** 2 / 2)
     person.noise[modality]["background"] = person.noise[modality]["background"] @ (mix / np.linalg.norm(mix, axis=0))
@@ -821,14 +826,33 @@ def trial_blocks(m: TrialModel, z, key="train", repeats=None, block: int = 500, 
         for i, j in jumps.items(): known[i - a] += j
         yield rows, x + pattern @ (own + others), known
 
-# %% ../../nbs/studies/21_simulate.ipynb #eb31a5d7
+# %% ../../nbs/studies/21_simulate.ipynb #46a2431a
+def noise_covariance(m: TrialModel, alpha: int | None = None, drift: int | None = None, n_freqs: int | None = None) -> np.ndarray:
+    "Covariance of the noise at the sensors by frequency, (F, C, C) in T^2 or V^2, in one state of alpha (0-4) and of the background (0-2); None: in the mean over them. Only the first `n_freqs`, if given."
+    p, f = m.preset, slice(n_freqs)
+    loud = np.mean([(1 + p.drift * s) ** 2 for s in m.DRIFT]) if drift is None else (1 + p.drift * m.DRIFT[drift]) ** 2
+    burst_power = 1.0 if alpha is None else m.ALPHA[alpha] / np.mean(m.ALPHA)
+    cov = m._back[None] * (m._s_back[f] * loud)[:, None, None] + (m._alpha_field @ m._alpha_field.T)[None] * (m._s_alpha[f] * burst_power)[:, None, None]
+    return cov + m._white * np.eye(m.n_chans)
+
+def response_spectra(m: TrialModel, person: Person, n_freqs: int | None = None) -> np.ndarray:
+    "What unit drives of a person's components put at the sensors, by frequency: complex (K, C, F), in T or V."
+    t = (np.arange(m.n_times) + m.n_times // 4) % m.n_times - m.n_times // 4
+    h = np.fft.rfft(burst(t / m.sfreq, person.width[:, None], person.frequency[:, None], person.phase[:, None]))[:, :n_freqs] * person.moment[:, None]
+    h = h * np.exp(-2j * np.pi * (person.latency - m.times[0])[:, None] * m.freqs[:n_freqs])
+    return (person.patterns[m.modality].T[:, :, None] * h[:, None]).astype(np.complex64)
+
+def relatives(m: TrialModel, n: int = 300):
+    "Other people of the same population, one by one, with their sensors but without noise: what can be known of a person before the first trial."
+    for k in range(n): yield add_sensors(make_person(m.preset, m.seed, f"relative-{k}", m._cov), m.preset, m.seed, m.modality, noise=False)
+
+# %% ../../nbs/studies/21_simulate.ipynb #eeb9a07b
 def _solver(m, alpha, drift):
     "Sigma_f^-1 P (F, C, K) and P' Sigma_f^-1 P (F, K, K) for a state of the noise."
     if (alpha, drift) not in m._solve:
-        p = m.preset
-        cov = (m._back[None] * (m._s_back * (1 + p.drift * m.DRIFT[drift]) ** 2)[:, None, None] + (m._alpha_field @ m._alpha_field.T)[None] * (m._s_alpha * m.ALPHA[alpha] / np.mean(m.ALPHA))[:, None, None])
-        scale = np.trace(cov[len(cov) // 4]) / m.n_chans + m._white
-        cov = (cov + m._white * np.eye(m.n_chans)) / scale
+        cov = noise_covariance(m, alpha, drift)
+        scale = np.trace(cov[len(cov) // 4]) / m.n_chans
+        cov = cov / scale
         sp = np.linalg.solve(cov, np.broadcast_to(m.patterns, (len(cov), *m.patterns.shape))) / scale
         m._solve[alpha, drift] = sp.astype(np.float32), np.einsum("ck,fcl->fkl", m.patterns, sp)
     return m._solve[alpha, drift]
