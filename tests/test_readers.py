@@ -317,3 +317,29 @@ def test_renamed_folders_and_forgotten_files_are_named(tmp_path, test_data):
     assert read_raw(tmp_path / "S01.v2.ds").n_times == 2402
     for s in (".vhdr", ".vmrk", ".eeg"): shutil.copy(test_data / f"brainvision/test{s}", tmp_path / f"b.2{s}")
     with pytest.raises(SynapseError, match="names 'test.eeg' as its DataFile, which is not beside it"): read_raw(tmp_path / "b.2.vhdr")
+
+
+def write_edf(path, labels, x, sfreq=128, unit="uV"):
+    "EDF by the book; `x` (n, seconds*sfreq) in `unit`."
+    n, h = len(labels), lambda s, k: str(s).ljust(k)[:k].encode()
+    b = h("0", 8) + h("X X X X", 80) + h("Startdate 01-JAN-2020 X X X", 80) + b"01.01.2000.00.00" + h(256 * (n + 1), 8) + h("", 44) + h(x.shape[1] // sfreq, 8) + h(1, 8) + h(n, 4)
+    for v, k in ((labels, 16), ([""] * n, 80), ([unit] * n, 8), ([-1000] * n, 8), ([1000] * n, 8), ([-32768] * n, 8), ([32767] * n, 8), ([""] * n, 80), ([sfreq] * n, 8), ([""] * n, 32)): b += b"".join(h(w, k) for w in v)
+    d = np.round((x + 1000) / 2000 * 65535 - 32768).astype("<i2")
+    path.write_bytes(b + b"".join(d[:, i:i + sfreq].tobytes() for i in range(0, x.shape[1], sfreq)))
+
+
+@pytest.mark.parametrize("unit", ["uV", ""])
+def test_an_edf_whose_trigger_line_is_in_microvolts(tmp_path, unit):
+    x = np.random.default_rng(0).normal(0, 20, (3, 1280)); x[2] = 0; x[2, [300, 700, 1100]] = 1, 2, 1
+    write_edf(tmp_path / "S1.EDF", ["Fp1", "Oz", "Trigger"], x, unit=unit)
+    s = get_study("folder", tmp_path); ev = s.read_events(s.find_recordings()[0])
+    assert ev["sample"].tolist() == [300, 700, 1100] and ev.value.tolist() == ["1", "2", "1"]
+    if unit: assert np.abs(read_raw(tmp_path / "S1.EDF", preload=True).get_data("Oz") - x[1] * 1e-6).max() < 1e-7
+
+
+def test_parts_of_a_split_fif_and_notes_are_no_recordings(tmp_path):
+    x = np.zeros((3, 300_000)); x[2, [1000, 2500]] = 1
+    raw = mne.io.RawArray(x, mne.create_info(["MEG001", "MEG002", "STI101"], 1000., ["mag", "mag", "stim"]), verbose="error")
+    raw.save(tmp_path / "S01_raw.fif", split_size="2MB", verbose="error"); (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    assert len(list(tmp_path.glob("*.fif"))) > 1
+    s = get_study("folder", tmp_path); r, = s.find_recordings(); assert r.path.name == "S01_raw.fif" and s.read_events(r)["sample"].tolist() == [1000, 2500]

@@ -322,7 +322,7 @@ def array_raw(x, info, scale=1.):
     raw = _array_raw()(x, info); raw.synapse_notes = []
     return raw
 
-# %% ../../nbs/data/10_raw.ipynb #042efdd0
+# %% ../../nbs/data/10_raw.ipynb #051cbd96
 def _read_fif(path, preload=False, **kw):
     "A FIF recording; epochs, averages and others are refused by what they are."
     if (kind := _fif_kind(path)) != "recording":
@@ -342,8 +342,16 @@ def _read_any(path, preload=False, **kw):
     from mne.io import read_raw as mne_read_raw
     return mne_read_raw(str(path), preload=preload, verbose="ERROR", **kw)
 
+def _read_edf(path, preload=False, **kw):
+    "EDF, its trigger lines in the numbers that were written: a code 1 whose unit is said to be µV stays a 1."
+    from mne.io import read_raw_edf
+    raw = read_raw_edf(str(path), preload=False, **{"stim_channel": False, "verbose": "ERROR"} | kw); gain = raw._raw_extras[0]["units"]
+    for i, c in enumerate(raw.ch_names):
+        if _kind_of(c) == "stim": gain[i] = 1.
+    return raw.load_data(verbose="ERROR") if preload else raw
+
 _READERS = {"KIT": _read_kit, "CTF": _read_ctf, "BrainVision": _read_brainvision, "FIF": _read_fif, "XDF": _read_xdf, "CSV": _read_csv, "MATLAB": _read_mat,
-            "BDF": _read_any, "EDF": _read_any, "GDF": _read_any, "SNIRF": _read_any, "EEGLAB": _read_any}
+            "BDF": _read_any, "EDF": _read_edf, "GDF": _read_any, "SNIRF": _read_any, "EEGLAB": _read_any}
 
 # %% ../../nbs/data/10_raw.ipynb #35739480
 _BIDS_END = r"_(meg|eeg|ieeg|nirs)(\.ds|\.fif|\.fif\.gz|\.con|\.sqd|\.vhdr|\.edf|\.bdf|\.set|\.snirf)$"

@@ -452,7 +452,17 @@ def _folder_events(study, rec: Recording) -> pd.DataFrame:
         df = df[mine]
     return make_events(df, rec, *study.size(rec), columns=study.columns)
 
-# %% ../../nbs/studies/20_study.ipynb #f16ac3b9
+# %% ../../nbs/studies/20_study.ipynb #3ec88c2b
+def _later_part(p: Path) -> bool:
+    "Is this the second or a later file of a split FIF (`x_raw-1.fif`, `x_split-02_meg.fif`), which its first file brings along?"
+    if m := re.search(r"-\d+(\.fif(\.gz)?)$", p.name, re.I): return p.with_name(p.name[:m.start()] + m[1]).exists()
+    return bool(re.search(r"_split-0*([2-9]|[1-9]\d+)_", p.name))
+
+def _short_table(p: Path) -> bool:
+    "Is this a CSV of fewer than 50 lines? Notes, not a recording."
+    return p.suffix.lower() == ".csv" and p.is_file() and p.stat().st_size < 50_000 and p.read_bytes().count(b"\n") < 50
+
+# %% ../../nbs/studies/20_study.ipynb #62d92d6a
 @register_study("folder")
 class FolderStudy(Study):
     """Any folder of recordings with events tables. `modality` ("meg"/"eeg") is guessed by channel types when not given; `pattern` picks files; `columns` renames the tables' columns;
@@ -467,7 +477,7 @@ class FolderStudy(Study):
     def _files(self) -> list[Path]:
         skip = {".tsv", ".eeg", ".vmrk", ".meg4", ".res4"}
         ok = lambda p: Path(p.name.lower().removesuffix(".gz")).suffix in set(FORMATS) - skip and not re.search(r"events?\.csv$|mrk\.(sqd|con)$|-(eve|ave|cov|epo|fwd|inv|proj)\.fif", p.name, re.I)
-        return [p for p in sorted(self.root.glob(self.pattern)) if ok(p) and not any(q.suffix == ".ds" for q in p.parents)]
+        return [p for p in sorted(self.root.glob(self.pattern)) if ok(p) and not any(q.suffix == ".ds" for q in p.parents) and not _later_part(p) and not _short_table(p)]
 
     def _table(self, p: Path) -> Path | None:
         stem = re.sub(r"_(meg|eeg|raw|tsss|sss)$", "", p.name.split(".")[0])
