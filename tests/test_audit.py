@@ -2,6 +2,7 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 from audit_cases import CASES, clean, handed, study
 
@@ -59,3 +60,26 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "broken.npz").write_text("not an archive")
     with pytest.raises(SynapseError, match="cannot be read"): audit(predictions=tmp_path / "broken.npz")
     with pytest.raises(SynapseError, match="no column 'part'"): audit(split=study(0)["ev"])
+
+
+def as_files(given, folder):
+    "What `audit` takes, as the files that somebody else's program would write: tables, .npz, the protocol as text."
+    out = ["--events", folder / "events.tsv", "--split", folder / "split.csv", "--predictions", folder / "predictions.npz"]
+    given["events"].to_csv(out[1], sep="\t", index=False)
+    pd.DataFrame([(t, part) for part, ids in given["split"].items() for t in ids], columns=["trial_id", "part"]).to_csv(out[3], index=False)
+    plain = lambda d: {k: a.astype(str) if (a := np.asarray(v)).dtype == object else a for k, v in d.items()}
+    np.savez(out[5], **plain(given["predictions"]))
+    if "windows" in given: out += ["--windows", folder / "windows.npz"]; np.savez(out[-1], **plain(given["windows"]))
+    if "history" in given: out += ["--history", folder / "history.csv"]; given["history"].to_csv(out[-1], index=False)
+    return [str(v) for v in out] + ["--protocol", "; ".join(f"{k}={v}" for k, v in given["protocol"].items())]
+
+
+def test_the_command_says_what_the_function_says(tmp_path, capsys):
+    from synapse_nb.apps.cli import main
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    assert main(["audit", *as_files(clean(3), tmp_path / "a"), "--report", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert "no fault found" in said and (tmp_path / "page.html").stat().st_size > 20_000
+    given, kind, *_ = CASES[0](0)
+    assert main(["audit", *as_files(given, tmp_path / "b")]) == 3 and kind in capsys.readouterr().out
+    assert main(["audit", "--predictions", str(tmp_path / "nothing.npz")]) == 1

@@ -78,12 +78,18 @@ def _doctor(a):
     print("\n".join(map(str, found)))
     if any(f.state == "broken" for f in found): raise SynapseError("something is broken; the arrows above say how to mend it.")
 
+_AUDIT = (("recording", "FILE", "whose pulses are held against the events' onsets"), ("events", "TABLE", "one row a trial: trial_id, and subject, run, onset (s), image, concept, category where there are any"),
+          ("predictions", "NPZ", "trial_id with y_true and y_pred, proba, logits, or embeddings, gallery and target"), ("split", "TABLE", "trial_id, part (train, val, test)"),
+          ("windows", "NPZ", "X (n, C, T), trial_id, sfreq, tmin, ch_names, baseline: what the decoder was fed"), ("history", "TABLE", "epoch_idx, val_*, test_*, selected"),
+          ("protocol", "TEXT", "what the score claims: 'task=category:8; generalise=new-image; …'"), ("report", "HTML", "write a page with figures"))
+
 def _audit(a):
+    "Exit code 0: no fault found; 2: doubtful; 3: not to be believed."
     from synapse_nb.evaluate.audit import audit, audit_report
-    result = audit(recording=a.recording, events=a.events, predictions=a.predictions, split=a.split)
+    result = audit(a.recording, a.events, a.predictions, a.split, windows=a.windows, history=a.history, protocol=a.protocol, label=a.label)
     print(result)
     if a.report: print(f"written: {audit_report(result).save(a.report)}")
-    if result.exit_code: raise SynapseError(f"audit: {result.verdict}")
+    return result.exit_code
 
 # %% ../../nbs/apps/93_cli.ipynb #b81420fa
 def _command(sub, name: str, func, help: str, *args):
@@ -129,19 +135,19 @@ def make_parser() -> argparse.ArgumentParser:
              ("--column", dict(default=None, help="column of the onsets")), ("--lag", dict(type=float, default=None, metavar="MS", help="lag of the recording behind the log, where it is known")), ("--out", dict(default=None, metavar="TSV", help="the events with corrected onsets")),
              ("--report", dict(default=None, metavar="HTML")))
     _command(sub, "audit", _audit, "can this result be trusted? any part may be missing",
-             *((f"--{k}", dict(default=None)) for k in ("recording", "events", "predictions", "split", "report")))
+             *((f"--{k}", dict(default=None, metavar=m, help=h)) for k, m, h in _AUDIT), ("--label", dict(default="category", help="column of the events that was decoded")))
     _command(sub, "doctor", _doctor, "versions, device, disk; what is broken and how to mend it")
     return parser
 
 # %% ../../nbs/apps/93_cli.ipynb #56c3a844
 def main(argv=None) -> int:
-    "Run a command; returns 0, 1 after a `SynapseError`, 130 after Ctrl-C. `SYNAPSE_DEBUG=1` shows tracebacks."
-    args = make_parser().parse_args(argv)
-    try: args.func(args)
+    "Run a command; returns 0 (or the command's own verdict), 1 after a `SynapseError`, 130 after Ctrl-C. `SYNAPSE_DEBUG=1` shows tracebacks."
+    args, code = make_parser().parse_args(argv), None
+    try: code = args.func(args)
     except SynapseError as e: print(f"synapse: {e}", file=sys.stderr); return 1
     except KeyboardInterrupt: print("\nsynapse: interrupted; the same command continues from what is finished.", file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
     except Exception as e:
         if os.environ.get("SYNAPSE_DEBUG"): raise
         print(f"synapse: {type(e).__name__}: {e} (SYNAPSE_DEBUG=1 shows where)", file=sys.stderr); return 1
-    return 0
+    return code if isinstance(code, int) else 0
