@@ -268,3 +268,20 @@ def test_bids_folders_of_other_hands(tmp_path):
     with pytest.raises(SynapseError, match="sub-01_task-y_run-01_events.tsv lies beside it and belongs to no recording"): go()
     f, go = folder("no markers"); (f / "sub-01_task-x_run-01_eeg.vmrk").unlink()
     with pytest.raises(SynapseError, match="names 'sub-01_task-x_run-01_eeg.vmrk' as its MarkerFile"): go()
+
+
+def test_a_copy_under_another_name_is_known_by_its_samples(study_root, tmp_path):
+    "Two people, one of them the other's files renamed, headers corrected: the split says so. Blocks of one file are no copies."
+    from synapse_nb.data.splits import check_split, make_split
+    from synapse_nb.studies.instances import write_instance
+    f = study_root / "sub-01" / "eeg"; g = study_root / "sub-02" / "eeg"; g.mkdir(parents=True)
+    for p in f.iterdir():
+        q = g / p.name.replace("sub-01", "sub-02"); q.write_bytes(p.read_bytes())
+        if q.suffix in (".vhdr", ".vmrk"): q.write_text(q.read_text().replace("sub-01", "sub-02"))
+    ready = prepare(get_study("bids", study_root), tmp_path / "store", "resample(250)", progress=False)
+    stores = [open_store(p.path) for p in ready]; ev = pd.concat([s.events for s in stores], ignore_index=True)
+    assert stores[0].provenance["versions"]["mne"] and stores[0].provenance["pipeline"] == "resample(250)"
+    with pytest.raises(SynapseError, match="same file under two names"): check_split(make_split(ev, "subject", test=["02"], val=0), ev, stores=stores)
+    write_instance("things_eeg2", tmp_path / "eeg2")
+    blocks = [open_store(p.path) for p in prepare(get_study("things_eeg2_epochs", tmp_path / "eeg2", block=2), tmp_path / "blocks", PLAIN, progress=False)]
+    ev = pd.concat([s.events for s in blocks], ignore_index=True); check_split(make_split(ev, "image", test=.4, val=0), ev, stores=blocks)
