@@ -75,6 +75,20 @@ def test_two_ranks_score_what_one_scores(study, one):
     assert len(list((two / "checkpoints").glob("*.safetensors"))) == 2                           # MEG and EEG; written once
 
 
+@pytest.mark.slow
+def test_two_ranks_with_sharded_weights_score_what_two_with_whole_ones_score(study):
+    "FSDP2 against DDP; what comes after a training (predictions, the fused network on both trained encoders) has whole weights again. Dropout draws alike: by rank."
+    made = {}
+    for how in ("ddp", "fsdp"):
+        launch(study / "decode.toml", 2, ["fused=true", "baselines={}", "network.name=\"mlp\"", "network.options={drop = 0.1}", f"train.parallel=\"{how}\""], out=study / how, quiet=True, env=ENV, timeout_s=200)
+        assert f"parallel {how}" in (only(study / how) / "log.txt").read_text()
+        made[how] = read_saved(only(study / how) / "predictions.tsv")
+    a, b = made.values()
+    probabilities = [c for c in a if c.startswith("p_")]
+    assert set(a["modality"]) == {"meg", "eeg", "fused"} and a.drop(columns=probabilities).equals(b.drop(columns=probabilities))
+    assert np.abs(a[probabilities].to_numpy() - b[probabilities].to_numpy()).max() < 1e-3
+
+
 def kill_when(out, stop, sig=signal.SIGKILL):
     "Start the recipe in a process of its own and end it when `stop(folder)` holds."
     code = f"from synapse_nb.train.recipes import run_recipe; run_recipe({str(out.parent / 'decode.toml')!r}, out={str(out)!r})"

@@ -65,6 +65,7 @@ class KeepGradients:
     def __init__(self): self.grads = {}
     def on_gradients(self, run):
         if self.grads: return
+        self.local = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in run.model.parameters()) / sum(p.numel() for p in run.model.parameters())
         self.grads = {n: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).detach().clone() for n, p in run.model.named_parameters()}
 
 
@@ -115,11 +116,10 @@ def main(argv=None):
     history = fit(model, step, loaders[0], n_epochs=a.epochs, val_loader=loaders[1], lr=1e-2, device="cpu", parallel=a.parallel, accumulate=a.accumulate,
                   grad_clip=1e6, callbacks=[grads, *extra], resume=resume, seed=3)
     weights = full_weights(model)
-    local = sum((q.to_local() if hasattr(q, "to_local") else q).numel() for q in model.parameters()) / sum(q.numel() for q in model.parameters())
     if is_main():
         write_tensors(out / "weights.safetensors", weights)
         write_tensors(out / "gradients.safetensors", grads.grads)
-        (out / "history.json").write_text(json.dumps({"rows": list(history), "ranks": world_size(), "local": local}))
+        (out / "history.json").write_text(json.dumps({"rows": list(history), "ranks": world_size(), "local": grads.local}))
     close()
 
 

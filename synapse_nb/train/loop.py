@@ -7,7 +7,7 @@ __all__ = ['ALWAYS', 'step_seed', 'seed_all', 'own_randomness', 'Batches', 'rows
            'param_groups', 'choose_parallel', 'wrap', 'Callback', 'Run', 'describe', 'add_sums', 'means', 'backward',
            'optimizer_step', 'validate', 'train_epoch', 'run_state', 'load_run', 'fit']
 
-# %% ../../nbs/train/28_loop.ipynb #f2e2f0da
+# %% ../../nbs/train/28_loop.ipynb #4fef147b
 import hashlib
 import math
 import random
@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from contextlib import closing, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core import SynapseError, log, progress
 from ..dist import GlobalBatchNorm, globalize_batchnorm, is_main, rank, rank_device, reduce_max, reduce_sum, share_of, world_size
-from .checkpoint import State, copy_whole, list_states
+from .checkpoint import State, copy_whole, full_weights, list_states, put_weights
 
 # %% ../../nbs/train/28_loop.ipynb #b99d99a4
 def step_seed(*keys) -> int:
@@ -156,7 +157,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]
     rest = [p for n, p in named if p.ndim <= 1 or n.endswith("bias")]
     return [{"params": ps, "lr": lr, "weight_decay": w} for ps, w in ((decay, weight_decay), (rest, 0.0)) if ps]
 
-# %% ../../nbs/train/28_loop.ipynb #00ad75e8
+# %% ../../nbs/train/28_loop.ipynb #15a2c49a
 class _Step(nn.Module):
     "`step(model, batch)` as a module, so that DDP and FSDP see all that happens in it."
     def __init__(self, model, step):
@@ -178,7 +179,8 @@ def choose_parallel(model: nn.Module, device, how: str = "auto") -> str:
     return how if how != "auto" else "fsdp" if big else "ddp"
 
 def wrap(model: nn.Module, step, device, how: str) -> nn.Module:
-    "The step as a module on `device`, under DDP, or sharded in place by FSDP2 (the blocks of each `nn.ModuleList`, then the rest)."
+    "The step as a module on `device`, under DDP, or (a copy of the model) sharded by FSDP2: the blocks of each `nn.ModuleList`, then the rest."
+    if how == "fsdp": model = deepcopy(model)                 # sharded modules stay sharded for good: the caller gets the weights back in its own
     model.to(device)
     if how == "none": return _Step(model, step)
     if n := globalize_batchnorm(model): log.info("batch normalisation: %d layer(s) take their statistics over all ranks", n)
@@ -338,7 +340,7 @@ def _bad_loss(run: Run, value: float) -> str:
     "Which batch, which rows."
     return f"The loss is {value} at {run.where()} on rank {rank()}; look at these samples, lower the learning rate or set grad_clip=1."
 
-# %% ../../nbs/train/28_loop.ipynb #f3878b9d
+# %% ../../nbs/train/28_loop.ipynb #4272cadc
 def validate(run: Run) -> dict:
     "Per-sample means over the validation batches, named `val_…`; randomness in the step (a mask) is the same each time."
     sums = {}
@@ -348,6 +350,7 @@ def validate(run: Run) -> dict:
             seed_all(step_seed(run.seed, "val", i, rank()), run.device)
             out = run.forward(to_device(batch, run.device))
             add_sums(sums, out, 0 if i in run.val.empty else out["n"])
+    for m in run.wrapped.modules() if run.parallel == "fsdp" else (): hasattr(m, "reshard") and m.reshard()        # no backward pass does it here
     return means(sums, "val_")
 
 def train_epoch(run: Run, bar) -> None:
@@ -460,7 +463,7 @@ def _load_optimizer(run: Run, state: State) -> None:
             else: own[k] = torch.empty_like(p, dtype=whole.dtype); copy_whole(own[k], whole)
         run.optimizer.state[p] = own
 
-# %% ../../nbs/train/28_loop.ipynb #a056d0bc
+# %% ../../nbs/train/28_loop.ipynb #3ae9dee0
 def fit(model: nn.Module, step, train_loader, *, n_epochs: int, val_loader=None, optimizer=None, lr: float = 1e-3, weight_decay: float = 0.01, callbacks=(),
         device="auto", precision: str = "fp32", grad_clip: float | None = None, accumulate: int = 1, seed: int = 0, monitor: str = "val_loss",
         parallel: str = "auto", compile: bool = False, resume=None, progress_desc: str = "") -> History:
@@ -468,12 +471,14 @@ def fit(model: nn.Module, step, train_loader, *, n_epochs: int, val_loader=None,
 
     `step(model, batch) -> {"loss": scalar mean over the batch, "n": samples, …}`; further scalars (means over the batch) and vectors `(n,)` (a value a sample) are averaged per sample into `train_…` and `val_…`.
     `train_loader`, `val_loader`: a `DataLoader` (batch sizes are global, split over ranks) or, on one process, any re-iterable of batches.
-    `optimizer`: None for AdamW without decay on biases and norms; a class or function called with parameter groups that carry `lr` and `weight_decay`; or an optimizer.
+    `optimizer`: None for AdamW without decay on biases and norms; a class or function called with parameter groups that carry `lr` and `weight_decay`; or an optimizer (not under FSDP).
     `accumulate`: batches in one optimizer step. `resume`: a folder of `LastCheckpoint`; continues from the newest whole state in it, or starts when there is none.
     Raises `SynapseError` for a loss that is not finite (naming the batch); Ctrl-C ends the step, lets callbacks save, and is raised again."""
     device = rank_device(device)
-    how = choose_parallel(model, device, parallel)
+    how, whole = choose_parallel(model, device, parallel), model
+    if how == "fsdp" and isinstance(optimizer, torch.optim.Optimizer): raise SynapseError("FSDP splits the parameters first; hand the optimizer as a class or function, not made.")
     wrapped = wrap(model, step, device, how)
+    model = getattr(wrapped, "module", wrapped).model
     if compile: model.compile()
     if not isinstance(optimizer, torch.optim.Optimizer): optimizer = (optimizer or torch.optim.AdamW)(param_groups(model, lr, weight_decay))
     run = Run(model, wrapped, optimizer, Batches(train_loader, seed), None if val_loader is None else Batches(val_loader, seed), [*callbacks, *ALWAYS], device, n_epochs,
@@ -499,4 +504,5 @@ def fit(model: nn.Module, step, train_loader, *, n_epochs: int, val_loader=None,
             run.leaving = int(reduce_max(run.asked))
             if run.leaving: _leave(run)
         run.call("on_fit_end")
+        if model is not whole: put_weights(whole.to(device), full_weights(model))
     return run.history

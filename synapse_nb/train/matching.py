@@ -7,7 +7,7 @@ __all__ = ['ClipConf', 'train_clip', 'fit_low', 'embed_pictures', 'PretrainConf'
            'foreign_views', 'pretrain', 'MatchConf', 'picture_vectors', 'CategoryRidge', 'match_network', 'match',
            'fuse', 'match_protocol', 'match_scores']
 
-# %% ../../nbs/train/77_matching.ipynb #398a3ee0
+# %% ../../nbs/train/77_matching.ipynb #d9df6c2d
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from ..config import Config
 from ..core import SynapseError, atomic_path, check_file, rng, set_seed
 from ..data.splits import check_split
 from ..data.windows import Windows
+from ..dist import from_main, is_main, main_first
 from ..evaluate.baselines import make_baseline
 from ..evaluate.metrics import DataTag, GalleryTag, InputTag, Protocol, Score, TargetTag
 from ..evaluate.retrieval import average_repeats, retrieval_scores
@@ -31,7 +32,7 @@ from ..stimuli.images import make_pictures
 from .decoding import NetworkConf, TooFewTrials, cut_windows, make_splits
 from .stages import ChannelScale, OnWindows, Prepared, Recipe, StudyConf, TrainConf, View, run_model, train_model
 
-# %% ../../nbs/train/77_matching.ipynb #c575fe84
+# %% ../../nbs/train/77_matching.ipynb #b7bba2ff
 class ClipConf(Recipe):
     "An image encoder: `encoder` (a folder or hub id), or empty to train a tiny one on `n_per_category` procedural pictures of another seed. `n_low`: see `fit_low`."
     kind: Literal["clip"] = "clip"
@@ -45,15 +46,17 @@ def train_clip(conf: ClipConf, folder) -> tuple[str, list]:
     if conf.encoder: load_clip(conf.encoder); return conf.encoder, []
     pictures = make_pictures(conf.n_per_category, seed=10_000 + conf.seed)
     captions = pictures.table["caption"].tolist()
-    folder = make_tiny_clip(captions, folder, seed=conf.seed)
+    folder = from_main(Path(folder))                                     # one encoder, in rank 0's folder
+    with main_first(): is_main() and make_tiny_clip(captions, folder, seed=conf.seed)
     model, processor = load_clip(folder)
     data = clip_dataset(processor, pictures.images, captions)
     held = np.zeros(len(pictures), bool); held[::10] = True
     set_seed(conf.seed)
     part = lambda rows: ArrayDataset(**{k: v[torch.from_numpy(rows)] for k, v in data.arrays.items()})
     history = train_model(model, clip_step, part(~held), part(held), conf.train, seed=conf.seed, desc="CLIP")
-    model.eval().save_pretrained(folder)
-    if conf.n_low: fit_low(folder, pictures.images, conf.n_low)
+    with main_first():
+        if is_main(): model.eval().save_pretrained(folder)
+        if is_main() and conf.n_low: fit_low(folder, pictures.images, conf.n_low)
     return str(folder), list(history)
 
 # %% ../../nbs/train/77_matching.ipynb #48ce0bb0
