@@ -239,7 +239,7 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         if "overhead" in a.only:
-            pairs = a.pairs or 20
+            pairs = a.pairs or (20 if a.quick else 100)
             mid, low, high, s = overhead(pairs, 256 if a.quick else 512)
             row("loop overhead, EEGNet 63x250, batch 64", mid * s, s, high, "<= 1.05", high <= 1.05, f"{mid:.3f} [{low:.3f}, {high:.3f}] of a bare loop ({1e3 * s:.1f} ms CPU a step, {pairs} ABBA pairs)")
         if "gradients" in a.only:

@@ -73,6 +73,23 @@ def test_a_small_ray_search(study):
     assert load_recipe(study / "ray/decode-tune/best.toml").train.lr == pytest.approx(table["train.lr"][0])
 
 
+SEARCHES = {"pb2": ('scheduler = "pb2"\nmax_epochs = 6\n[options]\nperturbation_interval = 2\n[space]\n"train.lr" = {uniform = [1e-4, 0.0275]}\n', 3, 1),
+            "bohb": ('scheduler = "bohb"\nmax_epochs = 4\n[options]\nreduction_factor = 2\n[space]\n"train.lr" = {uniform = [1e-5, 5e-3]}\n"train.batch_size" = {choice = [16, 32]}\n', 4, 1),
+            "ranks": ('scheduler = "asha"\nmax_epochs = 2\n[options]\ngrace_period = 1\n[space]\n"train.lr" = {loguniform = [1e-4, 1e-2]}\n', 2, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", SEARCHES)
+def test_populations_bands_and_trials_of_two_ranks(study, how):
+    "The last under Ray Train: two trials of two ranks each, one after the other on two processors."
+    pytest.importorskip("ray", reason="Ray is not installed (extra `tune`)")
+    text, n, ranks = SEARCHES[how]
+    (study / f"{how}.toml").write_text(text)
+    table = search(study / "decode.toml", study / f"{how}.toml", n, study / how, ["train.n_epochs=6", 'train.schedule="constant"'], ranks=ranks, cpus=0.9 if ranks > 1 else 1)
+    assert len(table) == n and (table["state"] != "failed").all() and table["val_loss"].notna().all()
+    assert load_recipe(study / how / "decode-tune/best.toml").train.lr == pytest.approx(table["train.lr"][0])
+
+
 def test_every_plan_expands_and_a_new_axis_needs_no_new_code(tmp_path):
     assert len(expand(load_plan(ROOT / "configs/plans/small_grid.toml"), tmp_path)) == 40
     assert len(expand(load_plan(ROOT / "configs/plans/vc.toml"), tmp_path)) == 3 * 2**4 * 5

@@ -12,7 +12,7 @@ import sys
 
 from ..core import SynapseError
 
-# %% ../../nbs/apps/93_cli.ipynb #ae5b6f48
+# %% ../../nbs/apps/93_cli.ipynb #ff8304cd
 def _demo(a):
     from synapse_nb.apps.demo import run_demo
     run_demo(a.out, seed=a.seed, quick=a.quick, force=a.force)
@@ -35,8 +35,8 @@ def _experiments(a):
     run_plan(a.plan, a.out, a.where, a.set, cpus=a.cpus, gpus=a.gpus, script=a.script, retry=a.retry)
 
 def _runs(a):
-    from synapse_nb.train.runs import runs_table
-    print(runs_table(a.folder))
+    from synapse_nb.train.runs import compare_runs, runs_table
+    print(compare_runs(a.folder).to_string(index=False, na_rep="") if a.compare else runs_table(a.folder))
 
 def _inspect(a):
     from synapse_nb.studies.study import inspect_path
@@ -91,7 +91,7 @@ def _audit(a):
     if a.report: print(f"written: {audit_report(result).save(a.report)}")
     return result.exit_code
 
-# %% ../../nbs/apps/93_cli.ipynb #b81420fa
+# %% ../../nbs/apps/93_cli.ipynb #7d9bbfab
 def _command(sub, name: str, func, help: str, *args):
     "Add a command; each of `args` is (flags, options)."
     p = sub.add_parser(name, help=help, description=help)
@@ -122,7 +122,8 @@ def make_parser() -> argparse.ArgumentParser:
     _command(sub, "experiments", _experiments, "run a grid of conditions (configs/plans/*.toml); what is finished is skipped", ("plan", {}), OUT, SET,
              ("--where", dict(choices=("here", "slurm", "ray"), default="here")), ("--cpus", dict(type=float, default=1, help="of each cell, under Ray")), ("--gpus", dict(type=float, default=0, help="of each cell, under Ray")),
              ("--script", dict(default="scripts/train.slurm", help="what sbatch is given")), ("--retry", dict(action="store_true", help="also the cells that had too few trials")))
-    _command(sub, "runs", _runs, "finished, running and broken runs, their scores, and what their ids mean", ("folder", dict(nargs="?", default="runs")))
+    _command(sub, "runs", _runs, "finished, running and broken runs, their scores, and what their ids mean", ("folder", dict(nargs="?", default="runs")),
+             ("--compare", dict(action="store_true", help="last losses and scores side by side")))
     _command(sub, "fetch", _fetch, "a public set from its owners: sizes and licence first, whole files or none, continued where it stopped", ("study", {}), ("--subjects", dict(nargs="*", default=None)),
              ("--sessions", dict(nargs="*", default=None)), ("--out", dict(default=None, help="folder (default: data/STUDY)")), ("--dry-run", dict(action="store_true", help="only say what it would be")), ("--mirror", dict(default=None, metavar="URL", help="a server with the same listing")))
     _command(sub, "prepare", _prepare, "a study's recordings into the store", ("study", {}), ("root", {}), ("--out", dict(default="store")),
