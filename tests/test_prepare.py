@@ -285,3 +285,12 @@ def test_a_copy_under_another_name_is_known_by_its_samples(study_root, tmp_path)
     write_instance("things_eeg2", tmp_path / "eeg2")
     blocks = [open_store(p.path) for p in prepare(get_study("things_eeg2_epochs", tmp_path / "eeg2", block=2), tmp_path / "blocks", PLAIN, progress=False)]
     ev = pd.concat([s.events for s in blocks], ignore_index=True); check_split(make_split(ev, "image", test=.4, val=0), ev, stores=blocks)
+
+
+def test_no_filter_runs_over_the_seams_of_ready_epochs(tmp_path):
+    from synapse_nb.apps.cli import main
+    from synapse_nb.studies.instances import write_instance
+    for name in ("things_eeg2_epochs", "things_meg_epochs"):
+        write_instance(name.replace("eeg2_epochs", "eeg2"), tmp_path / name)
+        with pytest.raises(SynapseError, match=r"'bandpass\(1,40\)' would run over their seams"): prepare(get_study(name, tmp_path / name), tmp_path / "store", "bandpass(1,40)", progress=False)
+        assert main(["prepare", name, str(tmp_path / name), "--out", str(tmp_path / f"{name} store")]) == 0 and list((tmp_path / f"{name} store").glob("*.h5"))

@@ -130,12 +130,19 @@ def _provenance(study: Study, rec: Recording, pipe: Pipeline, summary: dict) -> 
     return dict(source=rec.path.name, source_hash=samples_hash(rec, hasattr(study, "block")), pipeline=pipe.text, reader=study.name, options={k: str(v) for k, v in study.options.items() if v is not None},
                 versions={m.__name__: m.__version__ for m in (synapse_nb, mne, np, scipy, h5py)}, alignment={k: summary.get(k) for k in ("source", "verdict", "lag", "drift_ppm", "delay")})
 
-# %% ../../nbs/studies/27_prepare.ipynb #62f85ea8
+# %% ../../nbs/studies/27_prepare.ipynb #f04f3bd6
 def _onto_samples(events: pd.DataFrame, sfreq: float, n_times: int, warnings: list) -> pd.DataFrame:
     "Onsets as samples of the preprocessed data; trials outside it are left out and said."
     at = np.round(events.onset.to_numpy(float)*sfreq); inside = (at >= 0) & (at < n_times)
     if not inside.all(): warnings.append(f"{(~inside).sum()} trial(s) lie outside the recording and are left out, first {events.trial_id[~inside].iloc[0]}")
     return events[inside].assign(sample=at[inside].astype(np.int64)).reset_index(drop=True)
+
+_OVER_SEAMS = {"bandpass", "highpass", "lowpass", "notch", "resample", "decimate", "decimate_to", "ica"}
+
+def _check_seams(study: Study, pipe: Pipeline) -> None:
+    "Raise `SynapseError` for a step that reaches from one epoch into the next."
+    if study.joined and (bad := [s.text for s in pipe.steps if s.name in _OVER_SEAMS]):
+        raise SynapseError(f"The study {study.name!r} holds ready epochs, laid end to end; '{bad[0]}' would run over their seams. Leave it out ('clamp(1000)' or 'pick(eeg)' alone keep them as they are).")
 
 def prepare_recording(study: Study, rec: Recording, out, pipeline: str | Pipeline, *, force: bool = False, jobs: int = 1, figure: bool = False, allow_refused: bool = False, show: bool = False) -> PreparedRecording:
     """Read, align, preprocess and store one recording; one that is there already is not made again (unless `force`).
@@ -143,7 +150,7 @@ def prepare_recording(study: Study, rec: Recording, out, pipeline: str | Pipelin
     `allow_refused` keeps the table's onsets where the pulses do not fit (the summary says so). Raises `SynapseError` naming the recording."""
     pipe = Pipeline.parse(pipeline)
     try:
-        path = store_path(out, rec.key, pipe.text, source_hash(rec, study.name, allow_refused, study.identity())); side = path.with_suffix(".json")
+        _check_seams(study, pipe); path = store_path(out, rec.key, pipe.text, source_hash(rec, study.name, allow_refused, study.identity())); side = path.with_suffix(".json")
         if path.exists() and side.exists() and not force:
             open_store(path); return PreparedRecording(**{**read_json(side), "path": str(path), "made": False})
         return _make(study, rec, path, side, pipe, jobs, figure, allow_refused, show)

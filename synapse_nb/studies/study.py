@@ -109,12 +109,13 @@ def make_events(df: pd.DataFrame, rec: Recording, sfreq: float, duration: float,
     if onset.isna().any(): log.warning("%s: %d row(s) without an onset are left out (first: row %d)", where, onset.isna().sum(), int(np.flatnonzero(onset.isna())[0]) + 1)
     return out[onset.notna()].reset_index(drop=True)
 
-# %% ../../nbs/studies/20_study.ipynb #1fe13192
+# %% ../../nbs/studies/20_study.ipynb #ce3bb8a5
 class _Contract(ABC):
     "What a subclass of `Study` must say (the abstract ones), and may."
     name = ""
     unmarked = False                    # may a recording without any event be prepared (a rest, say)? It is stored without trials, and that is said
     on_clock = False                    # are the table's onsets on the recording's clock by definition (BIDS)?
+    joined = False                      # are its recordings epochs laid end to end? No filter may run over their seams
 
     def __init__(self, root, **options):
         self.root, self.options, self._size = check_file(root, "study folder"), options, {}

@@ -242,12 +242,13 @@ def epochs_events(epochs, rec: Recording, first: int, last: int, concepts=None, 
     ev["category"], ev["onset_source"] = "", "photodiode"
     return ev if keep_catch else ev[ev.trial_type != "catch"].reset_index(drop=True)
 
-# %% ../../nbs/studies/22_things.ipynb #2915de6f
+# %% ../../nbs/studies/22_things.ipynb #66a319e0
 @register_study("things_meg_epochs")
 class ThingsMEGEpochs(_Things):
     """The preprocessed epochs that the owners of ds004212 publish. A recording is a block of `block` epochs of one person laid end to end (filters must not run over them: the pipeline is `clamp(1000)` or a `pick`).
 
     A picture shown more than ten times is a test picture. Concepts through `sample_attributes_P*.csv` or `image_concept_index.csv`, both found below `root` (or `index=`)."""
+    joined = True
     def __init__(self, root, block: int = 500, index=None, keep_catch: bool = False, **kw):
         super().__init__(root, block=block, index=index, keep_catch=keep_catch, **kw); self.block, self.keep_catch, self._open = block, keep_catch, {}
         p = index or next(iter(sorted(self.root.glob("**/image_concept_index.csv"))), None)

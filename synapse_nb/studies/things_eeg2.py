@@ -244,9 +244,10 @@ class _EndToEnd:
         first, last = cols.start//k, -(-cols.stop//k); trials = np.stack([self.x[i//m, i % m] for i in range(first, last)], 1).reshape(self.shape[0], -1)
         return trials[rows, cols.start - first*k:cols.stop - first*k]
 
-# %% ../../nbs/studies/37_things_eeg2.ipynb #929c9d78
+# %% ../../nbs/studies/37_things_eeg2.ipynb #31aea200
 class _Arrays(_EEG2):
     "Blocks of a ready file; the last file stays open."
+    joined = True
     def _array(self, path: Path) -> dict:
         "The file's dictionary."
         if path not in self._open: self._open = {path: _ready_arrays(path, self.names[re.search(r"training|test", path.name)[0]])}

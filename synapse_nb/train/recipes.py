@@ -326,7 +326,7 @@ def dry(conf, out="runs", store=None) -> str:
     finally: ALWAYS.remove(first)
     return "\n".join(lines + [f"# {x}" for x in first.lines])
 
-# %% ../../nbs/train/80_recipes.ipynb #d732caaf
+# %% ../../nbs/train/80_recipes.ipynb #e92a40b9
 def run_prepare(study: str, root, out, preset: str | None = None, jobs: int = 1, subjects=None, sessions=None, force: bool = False, options: dict | None = None, allow_refused: bool = False) -> None:
     "`synapse prepare`: every recording of a study into the store, with the table of what was found. `preset`: a name of `data.preprocess.PRESETS` or a pipeline text; `options` go to the study's reader; `allow_refused` keeps the table's onsets where the pulses do not fit."
     from synapse_nb.studies.prepare import of_sessions, prepared_table
@@ -334,7 +334,7 @@ def run_prepare(study: str, root, out, preset: str | None = None, jobs: int = 1,
     recs = of_sessions(found.find_recordings(subjects), sessions, found)
     for modality in ("meg", "eeg"):
         if not (here := {r.session for r in recs if r.modality == modality}): continue
-        text = PRESETS[preset].offline if preset in PRESETS else preset or getattr(SignalConf(), modality)
+        text = PRESETS[preset].offline if preset in PRESETS else preset or ("clamp(1000)" if found.joined else getattr(SignalConf(), modality))
         try: done += prepare(found, out, text, jobs=jobs, subjects=subjects, sessions=here, modality=modality, force=force, figure=True, skip_errors=True, allow_refused=allow_refused)
         except SynapseError as e: failed.append(e)
     if not done: raise failed[0] if failed else SynapseError(f"{root}: the study '{study}' has no MEG or EEG recording.")
