@@ -26,7 +26,7 @@ def test_s_eff_inverts_for_any_gallery():
 
 @pytest.fixture(scope="module")
 def linear_twin():
-    return simulate_trials("eeg2", 20, 3, n_test=40, test_repeats=8, snr=.15, modes=1, gain_sd=0., lapse=0., jitter=0., jitter_early=0., jitter_late=0., heavy=0., drift=0., session_noise=0.,
+    return simulate_trials("eeg2", 20, 3, n_test=40, test_repeats=8, snr=.34, modes=1, gain_sd=0., lapse=0., jitter=0., jitter_early=0., jitter_late=0., heavy=0., drift=0., session_noise=0.,
                            decline=0., adaptation=0., soa=2.0, nonlinear=0., products=0.)
 
 
@@ -74,12 +74,12 @@ def test_split_half_knows_the_noise():
 
 
 def test_previous_picture_is_still_there_at_ten_a_second():
-    d = simulate_trials("eeg1", 20, 6, n_test=60, test_repeats=3, snr=.5, modes=1)
+    d = simulate_trials("eeg1", 20, 6, n_test=60, test_repeats=3, snr=.95, modes=1)
     m, plan, rows = d["model"], d["plan_test"], np.arange(1, 180)
     before = d["target"][rows - 1]
     b, g = evidence(m, d["X_test"][rows], plan, rows, latency=plan["latency"][rows - 1] - m.preset.soa, gain=plan["gain"][rows - 1])
     overlap = topk(log_likelihood(b, g, m.drives(d["gallery"])), before, 5)
-    slow = simulate_trials("eeg1", 20, 6, n_test=60, test_repeats=3, snr=.5, modes=1, soa=1.5)
+    slow = simulate_trials("eeg1", 20, 6, n_test=60, test_repeats=3, snr=.95, modes=1, soa=1.5)
     b, g = evidence(m, slow["X_test"][rows], slow["plan_test"], rows, latency=plan["latency"][rows - 1] - m.preset.soa, gain=plan["gain"][rows - 1])
     alone = topk(log_likelihood(b, g, m.drives(d["gallery"])), slow["target"][rows - 1], 5)
     assert overlap > 5 / 60 + 4 * np.sqrt(.08 / 179) and alone < 5 / 60 + 4 * np.sqrt(.08 / 179), (overlap, alone)
