@@ -165,14 +165,19 @@ class _Trials(_Fewer):
         self.subjects = list(subjects) if subjects is not None else sorted(self.events["subject"].astype(str).unique())
         self._subject = torch.tensor([self.subjects.index(s) if s in self.subjects else -1 for s in self.events["subject"].astype(str)])
 
-# %% ../../nbs/data/17_windows.ipynb #02af22ee
+# %% ../../nbs/data/17_windows.ipynb #8f08e3fa
 class _Served(_Trials):
     "Trials as batches."
     def __len__(self): return len(self._start)
     def _cut(self, rows: np.ndarray, buffer: bool = False) -> np.ndarray:
         "The untouched windows (n, n_raw, n_channels) of these rows."
         out = self._buffers.get((len(rows), self.n_raw, self.n_chans)) if buffer else np.empty((len(rows), self.n_raw, self.n_chans), np.float32)
-        stores, starts, n = self._store[rows].tolist(), self._start[rows].tolist(), self.n_raw
+        starts, n = self._start[rows].tolist(), self.n_raw
+        if len(self.stores) == 1 and self._cols[0] is None:
+            data = np.asarray(self.stores[0].data)
+            for o, a in zip(out, starts): o[:] = data[a:a + n]
+            return out
+        stores = self._store[rows].tolist()
         maps = {k: np.asarray(self.stores[k].data) for k in set(stores)}
         for o, k, a in zip(out, stores, starts):
             cols = self._cols[k]
