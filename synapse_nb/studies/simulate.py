@@ -94,13 +94,13 @@ class Preset:
     def of(self, name: str, modality: str) -> float: return dict(getattr(self, name))[modality]
 
 # %% ../../nbs/studies/21_simulate.ipynb #28c47497
-_HARD = dict(mean=1.0, white=(("meg", 1.8e-13), ("eeg", 6e-6)), subject_sd=.55, decline=.15, drift=.2, gain_sd=.4, lapse=.04, jitter=.005, jitter_early=.006, jitter_late=.02, adaptation=.15, session_noise=.04, eye=.15)
+_HARD = dict(mean=1.0, white=(("meg", 5e-13), ("eeg", 6e-6)), subject_sd=.55, decline=.15, drift=.2, gain_sd=.4, lapse=.04, jitter=.005, jitter_early=.006, jitter_late=.02, adaptation=.15, session_noise=.04, eye=.15)
 PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset(),
-    Preset(name="meg", version="1", snr=.066, modalities=("meg",), soa=1.5, soa_jitter=.2, duration=.5, n_meg=271, window=(-.1, 281, 200.), **_HARD),
+    Preset(name="meg", version="2", snr=.1411, modalities=("meg",), soa=1.5, soa_jitter=.2, duration=.5, n_meg=271, window=(-.1, 281, 200.), **_HARD),
     Preset(name="eeg1", version="2", snr=.1445, modalities=("eeg",), soa=.1, soa_jitter=0., duration=.05, suppression=.8, window=(-.1, 275, 250.), **_HARD),
     Preset(name="eeg2", version="2", snr=.1718, modalities=("eeg",), soa=.2, soa_jitter=0., duration=.1, window=(-.1, 250, 250.), **_HARD),
-    Preset(name="film", version="0", snr=.066, modalities=("meg",), soa=.0667, soa_jitter=0., duration=.0667, suppression=.8, **_HARD))}
+    Preset(name="film", version="0", snr=.1411, modalities=("meg",), soa=.0667, soa_jitter=0., duration=.0667, suppression=.8, **_HARD))}
 
 def get_preset(preset: str | Preset, **changes) -> Preset:
     "A preset by name, with changes. Raises `SynapseError` for a name or a parameter that does not exist."
