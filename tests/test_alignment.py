@@ -206,3 +206,25 @@ def test_a_refused_photodiode_falls_back_to_the_digital_line_and_says_so(tmp_pat
     p, = prepare(get_study("bids", tmp_path / "study"), tmp_path / "store", "resample(250)", progress=False)
     assert p.alignment["source"] == "digital" and p.alignment["photodiode"]["verdict"] == "refused" and p.alignment["lag"] == pytest.approx(.051, abs=2e-3)
     assert any("photodiode was refused" in w and "digital" in w for w in p.warnings), p.warnings
+
+
+@pytest.mark.parametrize("pulses", [1, 3, 20])
+def test_a_few_pulses_in_minutes_of_noise(pulses):
+    r = np.random.default_rng(pulses)
+    on = np.sort(r.choice(np.arange(1, 100), pulses, replace=False)) * 2000
+    x = np.zeros(210_000)
+    for k in on: x[k:k + 30] = 1
+    for sign in (1, -1):
+        p = find_pulses(sign * x + r.normal(size=len(x)) / 12 + .3, 1000.)
+        assert len(p) == pulses and np.abs(p.sample - on).max() <= 1
+
+
+def test_a_film_whose_last_frames_are_silent():
+    "A few seconds missing at the end may as well be a recorder that dropped whole intervals: refused. Uncut, with id pulses, a jump off the beat is bridged."
+    r = np.random.default_rng(4)
+    e = np.r_[.067 * np.arange(3), 2 + .067 * np.arange(2), 3.7 + np.arange(900) * 2 / 29.97]
+    light = 2 + e + r.uniform(0, .001, len(e))
+    a = align(light[:-20], e, span=(0, light[-1] + 2))
+    assert a.verdict == "refused" and "missing though the recording was running" in a.reason
+    b = align(np.r_[light[:500], light[510:] - .7], e, span=(0, light[-1] + 1.3))
+    assert b.verdict == "repaired" and "1 clock reset bridged" in b.repaired and (b.pairs[:, 0][:500] == np.arange(500)).all() and b.pairs[-1].tolist() == [904, 894]

@@ -137,3 +137,50 @@ def test_files(test_data, tmp_path):
     text = (tmp_path / "r.html").read_text()
     assert ("http" not in text.replace("http://www.w3.org", "")) and a.verdict.upper()[:3] in text.upper()
     if fixed is not None: assert fixed["sample"].tolist() == [274, 1557] and read_table(tmp_path / "o.tsv").image.tolist() == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize("file, channel, samples", [(KIT, "MISC 001", [269, 1553]), (KIT, "MISC 032", [274, 1557]), (RICOH, "TRIGGER 002", [446, 1079, 1579]), (RICOH, "TRIGGER 003", [1078])])
+def test_real_lines_in_other_shapes(test_data, file, channel, samples):
+    "The same lines upside down, in other units, on an offset, with coarse steps, cropped: the same instants."
+    from synapse_nb.data.triggers import find_pulses
+    raw = read_raw(test_data / file); x, fs = raw.get_data(picks=[channel])[0], raw.info["sfreq"]
+    for y in (-x, 5 - x, 1e-3 * x, 1e3 * x, x - 10, np.round(x * 1000), x + .02 * np.random.default_rng(0).normal(size=len(x))):
+        assert np.abs(find_pulses(y, fs).sample - samples).max() <= 1
+    crop = samples[0] - 40
+    assert np.abs(find_pulses(x[crop:], fs).sample + crop - samples).max() <= 1
+    if channel != "MISC 032": assert find_pulses(np.round(x * 4) / 4, fs).sample.tolist() == samples
+
+
+def test_neuromag_codes_in_other_shapes(test_data):
+    from synapse_nb.data.triggers import find_pulses
+    x = read_raw(test_data / "neuromag_triggers" / "test_elekta_3ch_raw.fif").get_data(picks=["STI101"])[0]; p = find_pulses(x, 1000.)
+    same = lambda q, v=p.value, t=p.sample: q.sample.tolist() == list(t) and q.value.tolist() == list(v)
+    assert same(find_pulses(x + 4096, 1000.), p.value + 4096)                                # a line that is held
+    y = x.copy(); y[p.sample] = 1
+    assert same(find_pulses(y, 1000.))                                                       # the code settles one sample late
+    k = p.sample[10] + 3
+    assert same(find_pulses(x[k:], 1000.), p.value[11:], p.sample[11:] - k)                  # starts inside a pulse
+    y = x.copy()
+    for t in p.sample[:-1]: y[t + 5:t + 60] += 256                                           # a button while the code is up
+    q = find_pulses(y, 1000.)
+    assert q.sample[q.value < 256].tolist() == p.sample.tolist() and sum("let go" in why for _, why in q.rejected) == 161
+
+
+@pytest.mark.parametrize("n", [1, 20, 60])
+def test_photodiode_tables_with_other_numbers_missing(test_data, n):
+    beh, sample = photodiode(test_data); seen = np.flatnonzero(sample.notna())
+    keep = np.sort(np.random.default_rng(n).permutation(seen)[:-n])
+    a = align(sample[keep].to_numpy() / 1000, beh.fix_onset_time)
+    assert a.lost.tolist() == np.setdiff1d(np.arange(300), keep).tolist() and len(a.extra) == 0
+    b = align(sample[keep].to_numpy() / 500 * 500 / 1024, beh.fix_onset_time)                # a rate of 1000 declared as 1024
+    assert b.verdict == "repaired" and "declared" in b.repaired[0] and b.lost.tolist() == a.lost.tolist()
+
+
+@pytest.mark.parametrize("at", [20, 90, 150])
+def test_xdf_markers_with_resets_elsewhere(test_data, at):
+    pyxdf = pytest.importorskip("pyxdf")
+    t = {s["info"]["type"][0]: s for s in pyxdf.load_xdf(str(test_data / "xdf_bdf" / "clock_resets.xdf"))[0]}["Markers"]["time_stamps"]
+    for jump, again in ((33.3, 0), (-(t[at] - t[at - 1]) - 50, 0), (33.3, -77)):
+        y = t.copy(); y[at:] += jump; y[min(at + 15, 170):] += again
+        a = align(y, t)
+        assert a.verdict == "repaired" and len(a.pairs) == 175 and (a.pairs[:, 0] == a.pairs[:, 1]).all()

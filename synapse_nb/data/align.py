@@ -470,7 +470,11 @@ def _scored(c, segs, rivals, near):
         for box, x in zip(out, (r, _evidence(c, r), v)): box.append(x)
     return out
 
-# %% ../../nbs/data/12_align.ipynb #2f0c3c0d
+# %% ../../nbs/data/12_align.ipynb #9f8678cf
+def _seconds(t, digits: int = 1) -> str:
+    "A time in ms, or in s from ten seconds on."
+    return f"{t*1e3:.{digits}f} ms" if abs(t) < 10 else f"{t:.{digits + 2}f} s"
+
 @dataclass
 class Alignment:
     """Which recorded instant belongs to which stimulus.
@@ -500,7 +504,7 @@ class Alignment:
 
     def __repr__(self):
         if self.verdict == "refused": return f"Alignment REFUSED: {self.reason}"
-        return f"Alignment {self.verdict}: lag {self.lag*1e3:.2f} ms, drift {self.drift_ppm:.1f} ppm, jitter {self.jitter*1e3:.2f} ms; {len(self.pairs)} of {len(self.expected)} seen, {len(self.lost)} lost, {len(self.extra)} extra" + (f" ({'; '.join(self.repaired)})" if self.repaired else "")
+        return f"Alignment {self.verdict}: lag {_seconds(self.lag, 2)}, drift {self.drift_ppm:.1f} ppm, jitter {self.jitter*1e3:.2f} ms; {len(self.pairs)} of {len(self.expected)} seen, {len(self.lost)} lost, {len(self.extra)} extra" + (f" ({'; '.join(self.repaired)})" if self.repaired else "")
 
     def _check(self):
         if self.verdict == "refused": raise SynapseError(f"This alignment was refused: {self.reason}")
@@ -550,9 +554,9 @@ class Alignment:
 
     def summary(self) -> str:
         "The verdict in words."
-        if self.verdict == "refused": return f"Refused. {self.reason}"
-        part = [f"{'Trusted as it is' if self.verdict == 'ok' else 'Trusted after repair'}: the recording runs {self.lag*1e3:.1f} ms after the stimulus clock and drifts by {self.drift_ppm:.1f} ppm; single pulses scatter by {self.jitter*1e3:.2f} ms.",
-                f"{len(self.pairs)} of {len(self.expected)} expected pulses were seen" + (f", {len(self.lost)} were not and are placed by the map" if len(self.lost) else "") + (f"; {len(self.extra)} pulses belong to nothing and are left out" if len(self.extra) else "") + "."]
+        if self.verdict == "refused": return f"Refused. {self.reason[:1].upper()}{self.reason[1:]}"
+        part = [f"{'Trusted as it is' if self.verdict == 'ok' else 'Trusted after repair'}: the recording runs {_seconds(abs(self.lag))} {'after' if self.lag >= 0 else 'ahead of'} the stimulus clock and drifts by {self.drift_ppm:.1f} ppm; single pulses scatter by {self.jitter*1e3:.2f} ms.",
+                f"{len(self.pairs)} of {len(self.expected)} expected pulses were seen" + (f", {len(self.lost)} {'was not and is' if len(self.lost) == 1 else 'were not and are'} placed by the map" if len(self.lost) else "") + (f"; {len(self.extra)} pulse{' belongs to nothing and is' if len(self.extra) == 1 else 's belong to nothing and are'} left out" if len(self.extra) else "") + "."]
         return " ".join(part + [r[0].upper() + r[1:] + "." for r in self.repaired if "lost pulses placed" not in r and "spurious pulses left" not in r])
 
 # %% ../../nbs/data/12_align.ipynb #746d415b
@@ -668,7 +672,7 @@ def align(pulses, expected, *, nominal_lag=None, max_drift: float = 1000., toler
     if why := _doubt(best): return replace(refuse(why), rival=float(min(best.odds)))
     return _trusted(best, o - o_shift, e - e_shift, e[0], o_back + e_back, span, p, names)
 
-# %% ../../nbs/data/12_align.ipynb #d8afc8e1
+# %% ../../nbs/data/12_align.ipynb #a154e083
 def _drift(r) -> float:
     "Difference of the clocks (ppm), a rate declared wrongly taken out."
     known = [1.] if r.ratio == 1 else [r.ratio, *(q for q in _KNOWN if abs(q/r.ratio - 1) < .02)]
@@ -677,7 +681,7 @@ def _drift(r) -> float:
 def _needed(r) -> float:
     "How far a reading must stand above its rivals."
     if len(r.segs) == 2 and _between_whole_ends(r.case, r.segs): return _WHOLE
-    return _CERTAIN + 3*(r.case.p_lost > .12 or len(r.case.o) - len(r.j) > .12*len(r.i))       # many chances that a stray pulse stands where a lost one stood
+    return _CERTAIN + 3*(len(r.i) > 20 and (r.case.p_lost > .12 or len(r.case.o) - len(r.j) > .12*len(r.i)))       # many chances that a stray pulse stands where a lost one stood
 
 def _doubt(r) -> str:
     "Why this reading must not be believed, or an empty string."
@@ -685,6 +689,7 @@ def _doubt(r) -> str:
     inside = (r.owner < 0) | ((r.pred >= c.span[0]) & (r.pred <= c.span[1])); n = int(inside.sum())
     other = "another film, another log, or a line that carries something else?"
     if abs(_drift(r)) > 1.02e6*c.max_drift: return f"the clocks would differ by {_drift(r):.0f} ppm, more than max_drift={1e6*c.max_drift:g}: wrong sampling rate, or another log?"
+    if r.ratio not in (1., *_KNOWN) and len(i) < .8*max(len(c.e), len(c.o)): return f"the expected times would be declared {r.ratio:.4g} times too {'short' if r.ratio > 1 else 'long'}, which is no usual rate, and only {len(i)} of {len(c.e)} are seen: {other}"
     if len(i) < max(2, .5*n): return f"only {len(i)} of {n} expected pulses are found where they should be: {other}"
     if len(i) < .55*len(c.o): return f"{len(c.o) - len(i)} of {len(c.o)} pulses belong to no expected time: {other}"
     if _above_chance(r) < max(20., .2*len(i)) and len(i) > 7: return f"the pulses lie anywhere within {r.near*1e3:.0f} ms of their places, as unrelated ones would: {other}"
@@ -807,17 +812,19 @@ def _repairs(r, lost, extra, resets) -> list:
     elif resets: out.append(f"{resets} step{'s' if resets > 1 else ''} backwards of a clock laid end to end")
     return out
 
-# %% ../../nbs/data/12_align.ipynb #1d30f93a
+# %% ../../nbs/data/12_align.ipynb #13166e26
 def _plot(self, width: float = 9., dpi: int = 70):
     "Four panels: the line (or pulse times), residuals over time, intervals, the verdict. Returns the matplotlib figure."
     import textwrap
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(2, 2, figsize=(width, .58*width), dpi=dpi, layout="constrained"); o, t = self.observed, self.observed[self.pairs[:, 1]] if len(self.pairs) else np.zeros(0)
     _plot_line(ax[0, 0], self)
-    a = ax[0, 1]; a.plot(t, self.residuals*1e3, ".", ms=3); a.axhline(0, color="0.6", lw=.8); a.set(title="residuals: pulse minus map", xlabel="recording time (s)", ylabel="ms")
+    a = ax[0, 1]; a.plot(t, self.residuals*1e3, ".", ms=3); a.axhline(0, color="0.6", lw=.8)
+    if not len(t): a.text(.5, .6, "no map, so no residuals", transform=a.transAxes, ha="center", color="0.4"); a.set(xticks=[], yticks=[])
+    a.set(title="residuals: pulse minus map", xlabel="recording time (s)", ylabel="ms")
     for s in self.segments[1:]: a.axvline(s[2] + s[3]*self.expected[s[0]], color="tab:red", lw=1, ls="--")
     d = np.diff(o); a = ax[1, 0]
-    if len(d): a.hist(d[d <= np.quantile(d, .98)*1.3]*1e3, bins=80, color="tab:blue"); a.set_yscale("log")
+    if len(d): a.hist(d[d <= np.quantile(d, .98)*1.3]*1e3, bins=80, color="tab:blue"); a.set_yscale("log"); a.set_ylim(bottom=.7)
     a.set(title="intervals between pulses", xlabel="ms", ylabel="count")
     a = ax[1, 1]; a.axis("off"); good = {"ok": "tab:green", "repaired": "tab:orange", "refused": "tab:red"}[self.verdict]
     a.text(0, 1, self.verdict.upper(), color=good, weight="bold", size=13, va="top"); a.text(0, .85, "\n".join(textwrap.wrap(self.summary(), 58)), size=8.5, va="top")
@@ -828,7 +835,7 @@ def _plot_line(a, self):
     o, p = self.observed, self.pulses; lost = self._predicted()[self.lost] if self.verdict != "refused" else np.zeros(0)
     odd = np.sort(np.r_[o[self.extra], lost]) if self.verdict != "refused" else np.zeros(0); step = np.median(np.diff(o)) if len(o) > 1 else 1.
     odd = odd[(odd >= o[0]) & (odd <= o[-1])] if len(o) else odd
-    mid = odd[len(odd)//2] if len(odd) else (o[min(4, len(o) - 1)] if len(o) else 0.); t0, t1 = mid - 5*step, mid + 5*step
+    mid = odd[len(odd)//2] if len(odd) else (o[min(4, len(o) - 1)] if len(o) else 0.); t0, t1 = max(mid - 5*step, min(self.span[0], o.min(initial=mid))), min(mid + 5*step, max(self.span[1], o.max(initial=mid)))
     if p is not None and p.trace is not None:
         k = slice(int(max(t0, 0)*p.sfreq), int(min(t1*p.sfreq + 1, len(p.trace)))); a.plot(np.arange(k.start, k.stop)/p.sfreq, p.trace[k], color="0.4", lw=.8)
     used = np.isin(np.arange(len(o)), self.pairs[:, 1]); show = lambda v, **kw: [a.axvline(x, label=kw["label"] if n == 0 else None, color=kw["color"], ls=kw["ls"], lw=1.1) for n, x in enumerate(v[(v >= t0) & (v <= t1)])]
@@ -837,7 +844,7 @@ def _plot_line(a, self):
 
 Alignment.plot = _plot
 
-# %% ../../nbs/data/12_align.ipynb #8ba8d94b
+# %% ../../nbs/data/12_align.ipynb #333093df
 def _envelope(x, sfreq, n=2000):
     "A long trace as `n` pairs of its least and largest values: (times s, values)."
     step = max(1, len(x)//n); k = len(x)//step*step; block = x[:k].reshape(-1, step)
@@ -859,7 +866,7 @@ def _plot_interactive(self, n: int = 3000):
     import textwrap
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
-    fig = make_subplots(2, 2, specs=[[dict(colspan=2), None], [{}, {}]], column_widths=[.68, .32], vertical_spacing=.17, subplot_titles=("the line and its pulses", "residuals: pulse minus map", "intervals between pulses"))
+    fig = make_subplots(2, 2, specs=[[dict(colspan=2), None], [{}, {}]], column_widths=[.68, .32], vertical_spacing=.22, subplot_titles=("the line and its pulses", "residuals: pulse minus map", "intervals between pulses"))
     marks, names = _marks(self, n); p, level = self.pulses, 0.
     if p is not None and p.trace is not None:
         t, v = _envelope(p.trace, p.sfreq); level = float(p.level) if np.isfinite(p.level) else float(.5*(v.min() + v.max()))
@@ -871,7 +878,7 @@ def _plot_interactive(self, n: int = 3000):
     d = np.diff(self.observed)*1e3
     if len(d): fig.add_trace(go.Histogram(x=d[d <= 1.3*np.quantile(d, .98)][: 10*n], nbinsx=80, marker_color="steelblue", showlegend=False), 2, 2)
     for row, col, x, y in ((1, 1, "recording time (s)", ""), (2, 1, "recording time (s)", "ms"), (2, 2, "ms", "count")): fig.update_xaxes(title_text=x, row=row, col=col); fig.update_yaxes(title_text=y, row=row, col=col)
-    fig.update_yaxes(type="log", row=2, col=2)
+    fig.update_yaxes(type="log", dtick=1, row=2, col=2)
     words = "<br>".join(textwrap.wrap(f"{self.verdict.upper()}. {self.summary()}", 130))
     return fig.update_layout(title=words, title_font_size=12, height=560, margin=dict(t=110, b=45, l=55, r=20), legend=dict(orientation="h", y=-.12))
 
@@ -923,8 +930,8 @@ def align_files(recording, events, channel=None, report=None, out=None, column=N
     if report is not None: write_alignment_report(a, report, f"{Path(recording).name} against {Path(events).name}")
     return fixed, a
 
-# %% ../../nbs/data/12_align.ipynb #5f2f05a0
-_STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c2733}img{max-width:100%;background:#fff}th{text-align:left;padding:2px 1rem 2px 0;font-weight:600}td,th{vertical-align:top;border-bottom:1px solid #8884}.verdict{display:inline-block;padding:.1rem .7rem;border-radius:.4rem;color:#fff;font-weight:600}.ok{background:#2a7d46}.repaired{background:#b3660a}.refused{background:#b3261e}h2{margin:1.4rem 0 .2rem}@media(prefers-color-scheme:dark){body{background:#161616;color:#eee}}"
+# %% ../../nbs/data/12_align.ipynb #734313c7
+_STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c2733}img{max-width:100%;background:#fff;margin-top:1rem}th{text-align:left;padding:2px 1rem 2px 0;font-weight:600}td,th{vertical-align:top;border-bottom:1px solid #8884}.verdict{display:inline-block;padding:.1rem .7rem;border-radius:.4rem;color:#fff;font-weight:600}.ok{background:#2a7d46}.repaired{background:#b3660a}.refused{background:#b3261e}h2{margin:1.4rem 0 .2rem}@media(prefers-color-scheme:dark){body{background:#161616;color:#eee}}"
 
 def _facts(a, d) -> list:
     "What the page says in its table: (what, value)."
@@ -932,10 +939,10 @@ def _facts(a, d) -> list:
     u = a.uncertainty[np.isfinite(a.uncertainty)] if a.uncertainty is not None else np.zeros(0)
     seen = np.isin(np.arange(len(a.expected)), a.pairs[:, 0])[np.isfinite(a.uncertainty)] if len(u) else np.zeros(0, bool)
     half = lambda v: f"± {np.median(v)*1e3:.2f} ms" if len(v) else "-"
-    return [("lag", f(d["lag"], 1e3, "ms")), ("drift", f(d["drift_ppm"], 1, "ppm")), ("jitter of single pulses", f(d["jitter"], 1e3, "ms")),
+    return [("lag", "-" if d["lag"] is None else _seconds(d["lag"], 3)), ("drift", f(d["drift_ppm"], 1, "ppm")), ("jitter of single pulses", f(d["jitter"], 1e3, "ms")),
             ("expected / pulses / matched", f"{d['n_expected']} / {d['n_observed']} / {d['n_matched']}"), ("lost / left out", f"{d['n_lost']} / {d['n_extra']}" if d["n_matched"] else "-"),
             ("onset of a seen pulse, 95 %", half(u[seen])), ("onset placed by the map, 95 %", half(u[~seen])), ("stretches of one clock", len(d["segments"]) or "-"),
-            ("certainty", f"all other readings together are e^{min(a.rival, 999):.0f} times less probable" if np.isfinite(a.rival) and a.rival > 0 else "-"), ("channel", d["channel"] or "-"),
+            ("certainty", f"all other readings together are {'at least ' if a.rival > 999 else ''}e^{min(a.rival, 999):.0f} times less probable" if np.isfinite(a.rival) and a.rival > 0 else "-"), ("channel", d["channel"] or "-"),
             ("threshold, polarity", "-" if a.pulses is None else f"{a.pulses.level:.4g}, {a.pulses.polarity}" if np.isfinite(a.pulses.level) else f"half of each edge, {a.pulses.polarity}")]
 
 def write_alignment_report(a: Alignment, path, title: str = "Alignment"):

@@ -204,15 +204,15 @@ def _template(x, k, half: int, rise: float = 1.):
     w = x[np.clip(k[:, None] + off, 0, len(x) - 1)]
     return k + grid[(w @ T).argmax(1)]
 
-# %% ../../nbs/data/11_triggers.ipynb #18bf730a
+# %% ../../nbs/data/11_triggers.ipynb #8c14e06f
 def _unghost(x):
     "The line without single-sample spikes, and where they were."
     m = median_filter(x, 3, mode="nearest")
     return m, np.abs(x - m)
 
-def _read_levels(x, sfreq, polarity, step):
+def _read_levels(x, sfreq, polarity, step, noise=None):
     "Departures from rest: (start, stop, sign) in samples, rest, the amplitude that counts, smoothing width; None when the line holds no level."
-    noise = _noise(x); m = int(np.clip(np.ceil((10*noise/max(step, 1e-12))**2), 1, max(1, .02*sfreq))) | 1
+    noise = max(_noise(x), noise or 0.); m = int(np.clip(np.ceil((10*noise/max(step, 1e-12))**2), 1, max(1, .02*sfreq))) | 1
     s = uniform_filter1d(x, m) if m > 1 else x
     rest = _rest_level(s, noise/np.sqrt(m), polarity)
     w = max(m, int(.009*sfreq)) | 1
@@ -222,13 +222,13 @@ def _read_levels(x, sfreq, polarity, step):
         d = sign*(s - rest); floor = 6*noise/np.sqrt(m)
         a, b = _schmitt(d, max(floor, .1*step), max(floor, .1*step)/2)
         peak = np.maximum.reduceat(d, np.c_[a, np.minimum(b, len(d) - 1)].ravel())[::2] if len(a) else np.zeros(0)
-        found.append((sign, d, peak))
+        found.append((sign, d, peak[peak > .3*step] if (peak > .3*step).any() else peak))           # a few pulses among a thousand peaks of noise
     peaks = [np.quantile(p, .9) if len(p) > 9 else (p.max() if len(p) else 0) for _, _, p in found]
     big = max(peaks) if peaks else 0
     out = []
     for (sign, d, _), own in zip(found, peaks):
         if own < .3*big or big == 0: continue
-        on = np.clip(5*noise/np.sqrt(m), .25*own, .5*own)
+        on = np.clip(6.5*noise/np.sqrt(m), .25*own, .5*own)
         a, b = _schmitt(d, on, .5*on)
         out += [(i, j, sign) for i, j in zip(a, b)]
     return sorted(out), rest, big, m
@@ -292,7 +292,7 @@ def _refresh(found, sfreq):
     p = np.median(short)
     return float(p) if np.mean(np.abs(short - p) < .2*p + 1) > .8 and np.median(long) > 2.5*p else 0.
 
-# %% ../../nbs/data/11_triggers.ipynb #d8ff4b87
+# %% ../../nbs/data/11_triggers.ipynb #771ac90d
 def _find_analog(x, sfreq, polarity=None, min_width=None, min_gap=None):
     "Onsets (float samples), first samples past the edge, widths, signs, rejections, level and polarity of a voltage."
     rejected = []; noise = _noise(x); clean, spike = _unghost(x)
@@ -303,7 +303,7 @@ def _find_analog(x, sfreq, polarity=None, min_width=None, min_gap=None):
     if step < 4*noise/np.sqrt(max(.008*sfreq, 1)) or np.ptp(x) == 0: return nothing("the line is flat: no step stands out of its noise")
     if polarity is None and _is_wave(clean): return _find_wave(clean, sfreq, min_gap)
     snr = step/max(noise, 1e-30); y = clean if snr > 6 else x
-    read = _read_levels(y, sfreq, polarity, step)
+    read = _read_levels(y, sfreq, polarity, step, noise if y is x else .67*noise)        # the median of three samples keeps two thirds of white noise, in steps that hide it
     if read is None or (snr < 6 and _wobbles(y, read, sfreq)): read = _read_steps(y, sfreq, polarity, step)
     found, rest, big, m = read
     if period := _refresh(found, sfreq): found = _merge(found, 1.5*period, rejected, sfreq, "a refresh of the screen inside a pulse")
