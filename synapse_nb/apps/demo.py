@@ -99,7 +99,7 @@ def demo_report(out, seed: int = 0, quick: bool = False) -> Path:
     retrieval_section(report, table, pictures, z); report.section("Retrieval scores", matched)
     report.section("Drawing scores", "The judge never met the painter: it was trained on other pictures to name category, colour, size and position.", painted)
     learning_section(report, out)
-    return report.save(out/"report.html")
+    return report.save(out/"report.html", figures=True)
 
 def read_draw_scores(folder) -> list:
     "The scores of a finished draw run."

@@ -335,11 +335,19 @@ class Report:
                 f'<header><h1>{e(self.title)}</h1><p>{e(self.subtitle)}</p>{f"<div class=banner>{e(self.banner)}</div>" if self.banner else ""}<nav>{nav}</nav></header><main>'
                 f'{f"<div class=cards>{chr(10).join(self.cards)}</div>" if self.cards else ""}{body}</main><footer><p>{seed}{e(env)}</p>{f"<details><summary>configuration</summary><pre>{e(self.config)}</pre></details>" if self.config else ""}</footer></body></html>')
 
-    def save(self, path, max_mb: float = 15) -> Path:
-        "Write the page, and `scores.json` beside it, whole or not at all. Raises `SynapseError` when the page would load something from a network or exceed `max_mb`."
+    def figures(self) -> dict[str, str]:
+        "Every figure of the page as an SVG file of its own, black on white: `<section>-<number>` -> text."
+        out = {}
+        for title, body in self.sections:
+            for k, svg in enumerate(re.findall(r"<svg.*?</svg>", body, re.S), 1): out[f"{re.sub(chr(92) + 'W+', '-', title.lower()).strip('-')}-{k}"] = re.sub(r'style="[^"]*"', 'style="color:#000;background:#fff"', svg, count=1)
+        return out
+
+    def save(self, path, max_mb: float = 15, figures: bool = False) -> Path:
+        "Write the page, `scores.json` beside it and, if asked, each figure in `figures/`, whole or not at all. Raises `SynapseError` when the page would load something from a network or exceed `max_mb`."
         page = self.html(); size = len(page.encode()) / 1e6
         if re.search(r'(?:src|href)\s*=\s*["\']?(?:https?:)?//|url\(\s*["\']?https?:|@import', page): raise SynapseError("The report would load something from a network; embed it instead.")
         if size > max_mb: raise SynapseError(f"The report is {size:.1f} MB, more than {max_mb}; show fewer pictures or smaller figures.")
         out = write_text(path, page)
         if self.scores: write_scores(out.with_name("scores.json"), self.scores)
+        for name, svg in self.figures().items() if figures else (): write_text(out.parent / "figures" / f"{name}.svg", svg)
         return out

@@ -195,6 +195,6 @@ def write_plan(plan: PlanConf, table: pd.DataFrame, folder: Path) -> None:
     try: report.section("Scaling", "y = a + b n^-c with 95 % intervals (residual bootstrap); shaded: the law's interval. Points are cells.", *plot_scaling(table, plan.x, plan.measure, plan.axes))
     except SynapseError as e: report.section("Scaling", str(e))
     report.section("Cells", f"{len(table)} cells: " + ", ".join(f"{n} {s}" for s, n in table["state"].value_counts().items()) + ". ‘too few’: more training trials were asked for than there are.", table.drop(columns="run").round(4))
-    report.save(folder/"report.html")
+    report.save(folder/"report.html", figures=True)
     counts = table["state"].value_counts()
     print(f"table: {folder/'table.tsv'}, plots: {folder/'report.html'} ({', '.join(f'{n} {s}' for s, n in counts.items())})", flush=True)

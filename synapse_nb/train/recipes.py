@@ -169,7 +169,7 @@ def _run_decode(conf: DecodeConf, run: RunFolder, store) -> None:
     write_json(run.path/"histories.json", {k: list(v) for k, v in done.histories.items()}); write_json(run.path/"dropped.json", done.dropped)
     scores = decode_scores(done, conf)
     print_scores([s for s in scores if s.split == "test"])
-    decode_report(conf, ready, done, scores).save(run.report)
+    decode_report(conf, ready, done, scores).save(run.report, figures=True)
 
 def decode_report(conf: DecodeConf, ready: Prepared, done, scores) -> Report:
     "The page of a decode run."
@@ -197,7 +197,7 @@ def _run_match(conf: MatchConf, run: RunFolder, store) -> None:
     print_scores(scores)
     report = Report(conf.name, "Which picture was it?", seed=conf.seed, config=to_toml(conf))
     report.section("Scores", scores); retrieval_section(report, table, pictures, z); refused_section(report, ready); report.section("Training", plot_losses(histories))
-    report.save(run.report)
+    report.save(run.report, figures=True)
 
 def retrieval_section(report: Report, table: pd.DataFrame, pictures, z) -> None:
     "Top-k curves of the fused predictions and of single trials."
@@ -225,7 +225,7 @@ def _run_draw(conf: DrawRunConf, run: RunFolder, store) -> None:
     print_scores([s for s in scores if "judge" in s.metric])
     report = Report(conf.name, "What they saw, drawn", seed=conf.seed, config=to_toml(conf))
     drawing_section(report, drawn); report.section("Scores", scores); report.section("Training", plot_losses({**histories, "judge": judged}))
-    report.save(run.report)
+    report.save(run.report, figures=True)
 
 def drawing_section(report: Report, drawn) -> None:
     "Every test picture: seen, drawn from the true embedding, from the brain, and the two shuffled-brain controls; ordered by file name, none left out."
