@@ -228,3 +228,11 @@ def test_a_film_whose_last_frames_are_silent():
     assert a.verdict == "refused" and "missing though the recording was running" in a.reason
     b = align(np.r_[light[:500], light[510:] - .7], e, span=(0, light[-1] + 1.3))
     assert b.verdict == "repaired" and "1 clock reset bridged" in b.repaired and (b.pairs[:, 0][:500] == np.arange(500)).all() and b.pairs[-1].tolist() == [904, 894]
+
+
+def test_between_pulses_the_scatter_counts_even_when_none_was_lost(film):
+    e, light, r = film
+    a = align(light, e, span=(0, 906))
+    between = e[:-1] + 1 / 29.97
+    truth = 2.1 + between * (1 + 80e-6) + r.uniform(0, .003, len(between))
+    assert np.mean(np.abs(a.to_recording(between) - truth) <= a.uncertainty_at(between)) > .95

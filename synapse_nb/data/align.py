@@ -363,7 +363,7 @@ def _jumped_holes(c, g, most=8):
         if 0 < k < len(c.o): out += [[_Segment(g.slope, g.lag, 0, k), _Segment(g.slope, g.lag + n[q]*p, k, len(c.o))], [_Segment(g.slope, g.lag - n[q]*p, 0, k), _Segment(g.slope, g.lag, k, len(c.o))]]
     return out
 
-# %% ../../nbs/data/12_align.ipynb #67cee325
+# %% ../../nbs/data/12_align.ipynb #bb0f7bd5
 def _rivals(c, segs, table, tol):
     "Readings that differ from this one: [(segments, weight)]."
     n, slope, whole = len(segs), segs[0].slope, len(c.o)
@@ -380,6 +380,7 @@ def _rivals(c, segs, table, tol):
 def _other_places(c, segs, most=8):
     "The same clocks, reset elsewhere: at gaps among the pulses that fit both of two neighbouring ones, and at some others of them."
     out, p = [], _typical(c.e)
+    if not _is_even(c.e): return out                                          # unequal gaps fit one clock only
     for s in range(len(segs) - 1):
         a, b = segs[s], segs[s + 1]; lo, hi = a.first + 1, b.stop - 1; o = c.o[lo - 1:hi + 1]
         fits = [np.abs(c.e[_nearest((o - g.lag)/g.slope, c.e)]*g.slope + g.lag - o) <= c.near for g in (a, b)]
@@ -470,7 +471,7 @@ def _scored(c, segs, rivals, near):
         for box, x in zip(out, (r, _evidence(c, r), v)): box.append(x)
     return out
 
-# %% ../../nbs/data/12_align.ipynb #9f8678cf
+# %% ../../nbs/data/12_align.ipynb #4f99fd3e
 def _seconds(t, digits: int = 1) -> str:
     "A time in ms, or in s from ten seconds on."
     return f"{t*1e3:.{digits}f} ms" if abs(t) < 10 else f"{t:.{digits + 2}f} s"
@@ -525,7 +526,8 @@ class Alignment:
 
     def uncertainty_at(self, t):
         "Uncertainty (s) of `to_recording(t)`; infinite between the last pulse before a clock reset and the first after it, where nobody can know."
-        self._check(); t = np.asarray(t, float); u = np.where(np.isfinite(self.uncertainty), self.uncertainty, 0).max()*np.ones(t.shape); i = np.sort(self.pairs[:, 0])
+        self._check(); t = np.asarray(t, float); known = self.uncertainty[np.isfinite(self.uncertainty)]; i = np.sort(self.pairs[:, 0])
+        u = max(known.max(), np.quantile(np.abs(self.residuals), .97) + .5*known.min())*np.ones(t.shape)            # between pulses the scatter counts, also where none was lost
         for s in self.segments[1:]:
             k = np.searchsorted(i, s[0]); lo, hi = (self.expected[i[k - 1]] if k else -np.inf), (self.expected[i[k]] if k < len(i) else np.inf)
             u[(t > lo) & (t < hi)] = np.inf

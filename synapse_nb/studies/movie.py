@@ -15,7 +15,7 @@ from ..core import SynapseError, write_text
 from ..data.align import Alignment, align
 from ..data.triggers import Pulses, find_pulses
 
-# %% ../../nbs/studies/23_movie.ipynb #8d47121c
+# %% ../../nbs/studies/23_movie.ipynb #d389f050
 CHANNELS = {"fast_photodiode": 161, "fast_digital": 162, "slow_digital": 163, "slow_photodiode": 168}       # counted from 1, as the recorder does
 DELAY = {"digital": .052, "photodiode": 0.}                # s: the picture appears that long after the pulse
 PARTS = {1: 4, 2: 3, 3: 4, 4: 4, 5: 6, 6: 2, 7: 2, 8: 9, 9: 4, 10: 2}
@@ -36,7 +36,7 @@ class MovieSession:
         "(onset s in the recording, uncertainty s) of *every* frame of the film, those between two pulses too; delay included."
         if self.table is None: raise SynapseError(f"This session was refused: {self.reason}")
         t = self.table[self.table.label > 0]; k = np.arange(self.phase, int(t.frame.max()) + 2)
-        return np.interp(k, t.frame, t.onset - t.residual) + (k > t.frame.max())*(k - t.frame.max())/self.fps, np.interp(k, t.frame, t.uncertainty.where(np.isfinite(t.uncertainty), t.uncertainty[np.isfinite(t.uncertainty)].max()))
+        return np.interp(k, t.frame, t.onset - t.residual) + (k > t.frame.max())*(k - t.frame.max())/self.fps, np.maximum(np.interp(k, t.frame, t.uncertainty.where(np.isfinite(t.uncertainty), t.uncertainty[np.isfinite(t.uncertainty)].max())), self.alignment.uncertainty_at(self.alignment.expected[:1]))
 
 # %% ../../nbs/studies/23_movie.ipynb #15a81409
 def _lines(raw, channels):
