@@ -339,7 +339,7 @@ class Report:
         "Every figure of the page as an SVG file of its own, black on white: `<section>-<number>` -> text."
         out = {}
         for title, body in self.sections:
-            for k, svg in enumerate(re.findall(r"<svg.*?</svg>", body, re.S), 1): out[f"{re.sub(chr(92) + 'W+', '-', title.lower()).strip('-')}-{k}"] = re.sub(r'style="[^"]*"', 'style="color:#000;background:#fff"', svg, count=1)
+            for k, svg in enumerate(re.findall(r"<svg role=.img.*?</svg>", body, re.S), 1): out[f"{re.sub(chr(92) + 'W+', '-', title.lower()).strip('-')}-{k}"] = re.sub(r'style="[^"]*"', 'style="color:#000;background:#fff"', svg, count=1)
         return out
 
     def save(self, path, max_mb: float = 15, figures: bool = False) -> Path:
