@@ -471,11 +471,12 @@ def _scored(c, segs, rivals, near):
         for box, x in zip(out, (r, _evidence(c, r), v)): box.append(x)
     return out
 
-# %% ../../nbs/data/12_align.ipynb #4f99fd3e
+# %% ../../nbs/data/12_align.ipynb #e5d0c011
 def _seconds(t, digits: int = 1) -> str:
     "A time in ms, or in s from ten seconds on."
     return f"{t*1e3:.{digits}f} ms" if abs(t) < 10 else f"{t:.{digits + 2}f} s"
 
+# %% ../../nbs/data/12_align.ipynb #a1e4ec00
 @dataclass
 class Alignment:
     """Which recorded instant belongs to which stimulus.

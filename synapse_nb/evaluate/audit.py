@@ -471,7 +471,7 @@ def _selected(ev):
         kind = "best-epoch-per-person" if len(rows) > 1 and len({s.get("epoch_idx") for s, _ in rows}) > 1 else "selected-on-test"
         yield Finding(kind, "leak", f"The reported epoch is the best of {len(rows[0][1])} on the test set{' for each of ' + str(len(rows)) + ' people' if len(rows) > 1 else ''}; {'validation chose another' if val else 'there was no validation'}.", "Choose the epoch on validation, or fix it before.", len(rows), gain)
 
-# %% ../../nbs/evaluate/36_audit.ipynb #3bcf8158
+# %% ../../nbs/evaluate/36_audit.ipynb #564db3a1
 def _in_s_eff(scores) -> list[str]:
     "What top-1 and top-5 of one gallery mean in S_eff (dB), and whether the pair lies on the S curve; empty where there is no identification."
     from synapse_nb.evaluate.ceiling import check_pair, decibel, s_eff
@@ -513,6 +513,7 @@ def _scores(ev, n_boot=1000, n_perm=500) -> list[Score]:
             out += [s.tagged(note=f"averaged over {k} repeats a picture", split=f"test, {k}x averaged") for s in retrieval_scores(A, p["gallery"], pics, ids=p.get("gallery_ids"), **{**kw, "protocol": pr})]
     return out
 
+# %% ../../nbs/evaluate/36_audit.ipynb #a8eb040c
 @dataclass
 class Audit:
     "What an audit found: findings, scores, what could not be checked; `verdict` and `exit_code` (0 believed, 2 doubtful, 3 not to be believed)."

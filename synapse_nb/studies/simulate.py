@@ -617,32 +617,7 @@ def load_truth(root) -> Truth:
     p = {k: tuple(tuple(x) if isinstance(x, list) else x for x in v) if isinstance(v, list) else v for k, v in d["preset"].items()}
     return Truth(root, Preset(**p), d["seed"], d["runs"], d["test_images"])
 
-# %% ../../nbs/studies/21_simulate.ipynb #dde58bb0
-def simulate_study(root, preset: str | Preset = "easy", seed: int = 0, n_subjects: int = 2, modalities=("meg", "eeg"), n_train_pictures: int = 320, n_test_pictures: int = 40, train_repeats: int = 2,
-                   test_repeats: int = 6, quick: bool = False, progress: bool = True, **changes) -> Truth:
-    """Simulate a study and write it to `root` as a BIDS folder; returns what was planted.
-
-    Numbers of pictures are rounded to whole categories. `quick` makes a tiny one (fewer pictures, two runs) for tests. `changes` are parameters of the preset. A finished study with the same
-    settings is not made again, and an interrupted one goes on at its first missing run. Raises `SynapseError` when `root` holds another study."""
-    root, preset = Path(root), get_preset(preset, **changes)
-    modalities = tuple(m for m in modalities if m in preset.modalities)
-    if quick: n_train_pictures, n_test_pictures, train_repeats, test_repeats, preset = min(n_train_pictures, 64), min(n_test_pictures, 16), 1, 2, replace(preset, n_runs=min(preset.n_runs, 2))
-    n_cat = len(CATEGORIES)
-    n_train, n_test = max(1, round(n_train_pictures / n_cat)), max(1, round(n_test_pictures / n_cat))
-    settings = dict(preset=asdict(preset), seed=seed, n_subjects=n_subjects, modalities=modalities, n_train=n_train, n_test=n_test, train_repeats=train_repeats, test_repeats=test_repeats)
-    study_id = text_hash(json.dumps(settings, sort_keys=True))
-    if _found(root, study_id): return load_truth(root)
-    pictures = make_pictures(n_train + n_test, seed)
-    is_test = np.arange(len(pictures)) % (n_train + n_test) >= n_train
-    subjects = [f"sub-{i + 1:02d}" for i in range(n_subjects)]
-    _write_frame(root, preset, subjects, pictures)
-    cov = np.cov(regressors(pictures.features, preset.nonlinear, preset.products).T)
-    runs, jobs = {}, [(s, m) for s in subjects for m in modalities]
-    for subject, modality in _progress(jobs, "simulating") if progress else jobs:
-        runs |= _simulate_recordings(root, preset, seed, subject, modality, pictures, is_test, cov, train_repeats, test_repeats)
-    write_json(root / "truth" / "truth.json", dict(id=study_id, preset=asdict(preset), seed=seed, runs=runs, test_images=pictures.table.image[is_test].tolist()))
-    return load_truth(root)
-
+# %% ../../nbs/studies/21_simulate.ipynb #360f5b6b
 def _found(root, study_id):
     "True when this study is complete in `root`; marks a new one as begun; raises for a folder that holds something else."
     begun, done = root / "truth" / "begun.json", root / "truth" / "truth.json"
@@ -677,6 +652,32 @@ def _simulate_recordings(root, preset, seed, subject, modality, pictures, is_tes
         np.savez_compressed(tmp, patterns=person.patterns[modality], **{f"noise_{k}": v for k, v in person.noise[modality].items()}, **{k: getattr(person, k) for k in ("w", "latency", "width", "frequency", "phase", "moment", "mean")})
     return out
 
+# %% ../../nbs/studies/21_simulate.ipynb #72981131
+def simulate_study(root, preset: str | Preset = "easy", seed: int = 0, n_subjects: int = 2, modalities=("meg", "eeg"), n_train_pictures: int = 320, n_test_pictures: int = 40, train_repeats: int = 2,
+                   test_repeats: int = 6, quick: bool = False, progress: bool = True, **changes) -> Truth:
+    """Simulate a study and write it to `root` as a BIDS folder; returns what was planted.
+
+    Numbers of pictures are rounded to whole categories. `quick` makes a tiny one (fewer pictures, two runs) for tests. `changes` are parameters of the preset. A finished study with the same
+    settings is not made again, and an interrupted one goes on at its first missing run. Raises `SynapseError` when `root` holds another study."""
+    root, preset = Path(root), get_preset(preset, **changes)
+    modalities = tuple(m for m in modalities if m in preset.modalities)
+    if quick: n_train_pictures, n_test_pictures, train_repeats, test_repeats, preset = min(n_train_pictures, 64), min(n_test_pictures, 16), 1, 2, replace(preset, n_runs=min(preset.n_runs, 2))
+    n_cat = len(CATEGORIES)
+    n_train, n_test = max(1, round(n_train_pictures / n_cat)), max(1, round(n_test_pictures / n_cat))
+    settings = dict(preset=asdict(preset), seed=seed, n_subjects=n_subjects, modalities=modalities, n_train=n_train, n_test=n_test, train_repeats=train_repeats, test_repeats=test_repeats)
+    study_id = text_hash(json.dumps(settings, sort_keys=True))
+    if _found(root, study_id): return load_truth(root)
+    pictures = make_pictures(n_train + n_test, seed)
+    is_test = np.arange(len(pictures)) % (n_train + n_test) >= n_train
+    subjects = [f"sub-{i + 1:02d}" for i in range(n_subjects)]
+    _write_frame(root, preset, subjects, pictures)
+    cov = np.cov(regressors(pictures.features, preset.nonlinear, preset.products).T)
+    runs, jobs = {}, [(s, m) for s in subjects for m in modalities]
+    for subject, modality in _progress(jobs, "simulating") if progress else jobs:
+        runs |= _simulate_recordings(root, preset, seed, subject, modality, pictures, is_test, cov, train_repeats, test_repeats)
+    write_json(root / "truth" / "truth.json", dict(id=study_id, preset=asdict(preset), seed=seed, runs=runs, test_images=pictures.table.image[is_test].tolist()))
+    return load_truth(root)
+
 # %% ../../nbs/studies/21_simulate.ipynb #a6221230
 def make_things(n_concepts: int, per_concept: int, seed: int = 0, n_categories: int = 27, confound: float = 0.2, key: str = "train") -> tuple[np.ndarray, pd.DataFrame]:
     """Features z (n_concepts * per_concept, 64) of imagined pictures, and their table (`image`, `concept`, `category`).
@@ -695,7 +696,7 @@ def make_things(n_concepts: int, per_concept: int, seed: int = 0, n_categories: 
     names = [f"{key}_{i:04d}" for i in c]
     return z, pd.DataFrame(dict(image=[f"{n}/{k:02d}" for n, k in zip(names, np.tile(np.arange(per_concept), n_concepts))], concept=names, category=[f"category {category[i]:02d}" for i in c]))
 
-# %% ../../nbs/studies/21_simulate.ipynb #6b2ff844
+# %% ../../nbs/studies/21_simulate.ipynb #a0e4ab92
 class TrialModel:
     """One simulated person as a generative model of windows: `trials` makes them, `evidence` says what a window says about the responses.
 
@@ -721,9 +722,7 @@ class TrialModel:
         "Responses and noise of the window by frequency, with the window taken as periodic."
         p, n = self.preset, self.n_times
         f = self.freqs = np.fft.rfftfreq(n, 1 / self.sfreq)
-        t = (np.arange(n) + n // 4) % n - n // 4
-        h = burst(t / self.sfreq, self.person.width[:, None], self.person.frequency[:, None], self.person.phase[:, None])
-        self._h = np.fft.rfft(h) * self.person.moment[:, None]
+        self._h = self._burst_spectra(self.person)
         power = lambda s: s * n / (s * self._fold()).sum()
         self._s_back = power(np.maximum(f, 1.0) ** -p.of("slope", self.modality)) * p.background**2
         self._s_alpha = power(np.exp(-((f - 10) / 1.2) ** 2)) * p.alpha**2
@@ -731,6 +730,11 @@ class TrialModel:
         self._back, self._alpha_field = noise["background"] @ noise["background"].T, noise["alpha"]
         self._white = p.of("white", self.modality) ** 2 * self.sfreq / p.sfreq
         self._solve = {}
+
+    def _burst_spectra(self, person):
+        "Spectra (K, F) of a person's components at latency 0, times their moments."
+        t = (np.arange(self.n_times) + self.n_times // 4) % self.n_times - self.n_times // 4
+        return np.fft.rfft(burst(t / self.sfreq, person.width[:, None], person.frequency[:, None], person.phase[:, None])) * person.moment[:, None]
 
     def _fold(self):
         "How often a frequency of `rfft` stands in the full spectrum."
@@ -746,13 +750,6 @@ class TrialModel:
     def drives(self, z) -> np.ndarray:
         "What each component's response is multiplied by, mean included: (N, K)."
         return self.regress(z) @ self.person.w.T + self.person.mean
-
-    def prior(self) -> tuple[np.ndarray, np.ndarray]:
-        "Mean and variance (K, 136) of the weights of a person about whom nothing is known but that people have `preset.shared` of them in common."
-        var = weight_variance(self.preset, self._cov)
-        mean, var = np.sqrt(self.preset.shared * var) * rng(self.seed, "weights").standard_normal(var.shape), (1 - self.preset.shared) * var
-        gaze = [_gaze_weights(self._cov)] * int(self.preset.eye > 0)
-        return np.concatenate([mean, *gaze]), np.concatenate([var, *[np.full_like(g, 1e-12) for g in gaze]])
 
 # %% ../../nbs/studies/21_simulate.ipynb #a807b4eb
 def _plan_trials(m: TrialModel, z, key, repeats=None):
@@ -826,7 +823,7 @@ def trial_blocks(m: TrialModel, z, key="train", repeats=None, block: int = 500, 
         for i, j in jumps.items(): known[i - a] += j
         yield rows, x + pattern @ (own + others), known
 
-# %% ../../nbs/studies/21_simulate.ipynb #46a2431a
+# %% ../../nbs/studies/21_simulate.ipynb #bb5640e0
 def noise_covariance(m: TrialModel, alpha: int | None = None, drift: int | None = None, n_freqs: int | None = None) -> np.ndarray:
     "Covariance of the noise at the sensors by frequency, (F, C, C) in T^2 or V^2, in one state of alpha (0-4) and of the background (0-2); None: in the mean over them. Only the first `n_freqs`, if given."
     p, f = m.preset, slice(n_freqs)
@@ -837,9 +834,7 @@ def noise_covariance(m: TrialModel, alpha: int | None = None, drift: int | None 
 
 def response_spectra(m: TrialModel, person: Person, n_freqs: int | None = None) -> np.ndarray:
     "What unit drives of a person's components put at the sensors, by frequency: complex (K, C, F), in T or V."
-    t = (np.arange(m.n_times) + m.n_times // 4) % m.n_times - m.n_times // 4
-    h = np.fft.rfft(burst(t / m.sfreq, person.width[:, None], person.frequency[:, None], person.phase[:, None]))[:, :n_freqs] * person.moment[:, None]
-    h = h * np.exp(-2j * np.pi * (person.latency - m.times[0])[:, None] * m.freqs[:n_freqs])
+    h = (_shift(m, person.latency) * m._burst_spectra(person))[:, :n_freqs]
     return (person.patterns[m.modality].T[:, :, None] * h[:, None]).astype(np.complex64)
 
 def relatives(m: TrialModel, n: int = 300):

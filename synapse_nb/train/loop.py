@@ -198,7 +198,7 @@ def wrap(model: nn.Module, step, device, how: str) -> nn.Module:
             for block in m: fully_shard(block, mesh=mesh)
     return fully_shard(_Step(model, step), mesh=mesh)
 
-# %% ../../nbs/train/28_loop.ipynb #bd660031
+# %% ../../nbs/train/28_loop.ipynb #014357a6
 class Callback:
     """Something optional that hangs off the loop. `order` sorts callbacks within a hook; state (tensors and plain values) goes into checkpoints.
 
@@ -208,6 +208,7 @@ class Callback:
     def state_dict(self) -> dict: return {}
     def load_state_dict(self, state: dict) -> None: pass
 
+# %% ../../nbs/train/28_loop.ipynb #f20fa1a0
 ALWAYS: list = []          # callbacks that every `fit` of this process gets besides its own (`train.launch` puts its live rows here)
 
 @dataclass
