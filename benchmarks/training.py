@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from synapse_nb.dist import close, init_from_env, is_main, run_ranks, world_size  # noqa: E402
+from synapse_nb.dist import init_from_env, is_main, leave, run_ranks, world_size  # noqa: E402
 from synapse_nb.models.convnets import EEGNet  # noqa: E402
 from synapse_nb.train.callbacks import LastCheckpoint  # noqa: E402
 from synapse_nb.train.checkpoint import read_tensors, write_tensors  # noqa: E402
@@ -233,7 +233,7 @@ def main():
         else:
             for dtype in ("float32", "float64"):
                 for name, how in (("eegnet", "ddp"), ("encoder", "ddp"), ("encoder", "fsdp")): one_step(name, dtype, how, a.out)
-        return close()
+        return leave()
     rows = []
     def row(what, ours, peer, ratio, bar, holds, text): rows.append({"what": what, "ours": ours, "peer": peer, "ratio": ratio, "bar": bar, "holds": bool(holds)}); print(f"{'ok  ' if holds else 'MISS'} {what}: {text}", flush=True)
     with tempfile.TemporaryDirectory() as d:

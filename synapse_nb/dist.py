@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['is_distributed', 'rank', 'world_size', 'local_rank', 'is_main', 'barrier', 'from_main', 'main_first', 'init_from_env',
-           'rank_device', 'close', 'reduce_sum', 'reduce_max', 'any_rank', 'all_gather_grad', 'all_reduce_grad',
+           'rank_device', 'leave', 'reduce_sum', 'reduce_max', 'any_rank', 'all_gather_grad', 'all_reduce_grad',
            'share_of', 'rows_before', 'GlobalBatchNorm', 'globalize_batchnorm', 'run_ranks']
 
 # %% ../nbs/02_dist.ipynb #0c7ebd9a
+import atexit
 import os
 import re
 import signal
@@ -109,9 +110,15 @@ def rank_device(name: str = "auto") -> torch.device:
     if not is_distributed() or name not in ("auto", "cuda"): return get_device(name)
     return torch.device("cuda", local_rank()) if td.get_backend() == "nccl" else torch.device("cpu")
 
-def close() -> None:
-    "Leave the group, if there is one."
-    if is_distributed(): td.destroy_process_group()
+def leave(code: int = 0) -> None:
+    """The last line of a rank's program: leave the group, let `atexit` run, and end the process with `code`. Without a group it does nothing.
+
+    The interpreter is not torn down: DDP of torch 2.13 keeps gloo's threads alive after the group is destroyed, and one that still holds a tensor then aborts the process (SIGABRT after all the work was done)."""
+    if not is_distributed(): return
+    td.destroy_process_group()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__): stream.flush()
+    os._exit(code)
 
 # %% ../nbs/02_dist.ipynb #0a6e844e
 def reduce_sum(x):
@@ -256,8 +263,10 @@ def _reason(lines: list[str], tail: int = 30) -> str:
     all_of_them = _tracebacks(lines)
     own = [t for t in all_of_them if "torch/distributed/run.py" not in t and "by peer" not in t.splitlines()[-1]]
     if own: return own[0]
-    if killed := [m for s in lines if (m := re.search(r"exitcode: -(\d+)\) local_rank: (\d+)", s))]:
-        return f"rank {killed[0][2]} was killed by signal {killed[0][1]}" + (" (the machine may have run out of memory)." if killed[0][1] == "9" else ".")
+    if killed := [(i, m) for i, s in enumerate(lines) if (m := re.search(r"exitcode: -(\d+)\) local_rank: (\d+)", s))]:
+        i, m = killed[0]
+        last = [s for s in lines[:i] if "torch/distributed/elastic" not in s and not s.startswith("@")][-tail:]      # C++'s last words and faulthandler's stack
+        return "\n".join([f"rank {m[2]} was killed by signal {m[1]}" + (" (the machine may have run out of memory)." if m[1] == "9" else "."), *last])
     return (all_of_them or ["\n".join(lines[-tail:])])[0]
 
 def run_ranks(args, nproc: int = 2, env: dict | None = None, on_line=print, timeout_s: float | None = None, max_restarts: int = 0) -> list[str]:
@@ -265,7 +274,7 @@ def run_ranks(args, nproc: int = 2, env: dict | None = None, on_line=print, time
 
     `on_line(text)` is called live for each line. Raises `SynapseError` with the dead rank's traceback, or when `timeout_s` passes. No process is left behind, on Ctrl-C neither."""
     cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", f"--max_restarts={max_restarts}", *map(str, args)]
-    full_env = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONUNBUFFERED": "1", "TORCHELASTIC_ERROR_FILE": "", "SYNAPSE_LAUNCHED_BY": str(os.getpid()), **(env or {})}
+    full_env = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONFAULTHANDLER": "1", **os.environ, "PYTHONUNBUFFERED": "1", "TORCHELASTIC_ERROR_FILE": "", "SYNAPSE_LAUNCHED_BY": str(os.getpid()), **(env or {})}
     for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"): full_env.pop(k, None)
     lines, began = [], time.monotonic()
     process = subprocess.Popen(cmd, env=full_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as td
 from torch import nn
 
-from synapse_nb.dist import close, init_from_env, is_main, rank, reduce_sum, share_of, world_size
+from synapse_nb.dist import init_from_env, is_main, leave, rank, reduce_sum, share_of, world_size
 from synapse_nb.models.match import clip_loss, siglip_loss
 from synapse_nb.selfsup.contrast import queue_loss
 from synapse_nb.selfsup.losses import nt_xent
@@ -52,7 +52,7 @@ def main(out):
     results["top1"] = torch.tensor(reduce_sum(float(hits.sum())))
     if is_main(): write_tensors(Path(out) / f"ranks{world_size()}.safetensors", results)
     assert rank() < world_size()
-    close()
+    leave()
 
 
 if __name__ == "__main__": main(sys.argv[1])

@@ -132,3 +132,5 @@ def test_run_folders_know_their_state(tmp_path):
 def test_a_killed_rank_is_named(tmp_path):
     (tmp_path / "die.py").write_text("import os\nfrom synapse_nb.dist import *\ninit_from_env()\nif rank() == 1: os.kill(os.getpid(), 9)\nbarrier()\n")
     with pytest.raises(SynapseError, match="rank 1 was killed by signal 9"): run_ranks([tmp_path / "die.py"], 2, env=ENV, on_line=None, timeout_s=120)
+    (tmp_path / "abort.py").write_text("import os\nif os.environ['RANK'] == '1':\n    def lost_sensor(): os.abort()\n    lost_sensor()\n")
+    with pytest.raises(SynapseError, match="rank 1 was killed by signal 6[^~]*in lost_sensor"): run_ranks([tmp_path / "abort.py"], 2, env=ENV, on_line=None, timeout_s=120)

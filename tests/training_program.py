@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from synapse_nb.core import rng
-from synapse_nb.dist import close, init_from_env, is_main, rank, world_size
+from synapse_nb.dist import init_from_env, is_main, leave, rank, world_size
 from synapse_nb.train.callbacks import EMA, CSVLog, LastCheckpoint, warmup_cosine
 from synapse_nb.train.checkpoint import full_weights, write_tensors
 from synapse_nb.train.loop import fit
@@ -120,7 +120,7 @@ def main(argv=None):
         write_tensors(out / "weights.safetensors", weights)
         write_tensors(out / "gradients.safetensors", grads.grads)
         (out / "history.json").write_text(json.dumps({"rows": list(history), "ranks": world_size(), "local": grads.local}))
-    close()
+    leave()
 
 
 if __name__ == "__main__": main()

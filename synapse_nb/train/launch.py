@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from ..core import SynapseError, check_file
-from ..dist import close, init_from_env, is_main, rank, run_ranks, world_size
+from ..dist import init_from_env, is_main, leave, rank, run_ranks, world_size
 from .loop import ALWAYS, Callback, History, Run, describe, fit
 
 # %% ../../nbs/train/81_launch.ipynb #e6f52cfd
@@ -122,7 +122,7 @@ def main(argv=None) -> int:
         if not is_main(): sys.stdout = open(os.devnull, "w")
         more = {k: v for k, v in (("out", a.out), ("force", a.force), ("dry_run", a.dry_run)) if v}
         find_target(a.target)(check_file(a.config, "recipe"), a.set, **more)
-        close()
+        leave()
     except SynapseError as e:
         if not is_main(): time.sleep(5)                                                      # let rank 0 speak first when all fail alike
         message = str(e) if is_main() else f"rank {rank()}: {e}"
