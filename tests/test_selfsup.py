@@ -103,6 +103,44 @@ def test_wiener_is_the_conditional_mean():
     assert masked_scores(WienerInterpolator().fit(x).fill(x, hid), x, hid)["r2"] > max(r2.values())
 
 
+def _ar(n, seed, n_chans=4, n_times=42):
+    g = rng(seed, "ar windows"); e = g.normal(size=(n, n_chans, n_times)); x = e.copy()
+    for t in range(1, n_times): x[..., t] = 0.9 * x[..., t - 1] + np.sqrt(1 - .81) * e[..., t]
+    return np.einsum("ck,nkt->nct", np.linalg.cholesky(0.5 + 0.5 * np.eye(n_chans)), x).astype(np.float32)
+
+
+def test_with_its_linear_part_an_untrained_network_is_the_wiener_interpolator(tmp_path):
+    "42 samples in patches of 4: the padding of the last patch says nothing. The answer survives a checkpoint, and training moves only what is not linear."
+    set_seed(0)
+    train, x = _ar(300, 0), _ar(60, 1)
+    m = MAE(4, 42, 4, mask="block", min_len=2, mask_ratio=0.5, linear=True)
+    with pytest.raises(SynapseError, match="fit_linear"): m(torch.from_numpy(x))
+    m.fit_linear(train)
+    mask = make_mask("block", 60, 11, 0.5, 2, torch.Generator().manual_seed(0))
+    hidden = expand_mask(mask, 4, 42).numpy()
+    exact = WienerInterpolator().fit(train).fill(x, hidden)
+    ours = m.eval()(torch.from_numpy(x), mask)
+    assert np.abs(ours["pred"].detach().numpy() - exact).max() < 1e-3
+    assert torch.equal(load_mae(save_mae(m, tmp_path / "m")).eval()(torch.from_numpy(x), mask)["pred"], ours["pred"])
+    before = {k: v.clone() for k, v in m.linear.state_dict().items()}
+    opt = torch.optim.AdamW(m.parameters(), lr=1e-3)
+    mae_step(m, {"x": torch.from_numpy(x)})["loss"].backward(); opt.step()
+    assert all(torch.equal(v, before[k]) for k, v in m.linear.state_dict().items()) and m.out.weight.abs().max() > 0
+    changed = torch.where(torch.from_numpy(hidden)[:, None], torch.from_numpy(x) + 5, torch.from_numpy(x))
+    assert torch.allclose(m(changed, mask)["pred"][torch.from_numpy(hidden)[:, None].expand(-1, 4, -1)], m(torch.from_numpy(x), mask)["pred"][torch.from_numpy(hidden)[:, None].expand(-1, 4, -1)])
+
+
+def test_evaluation_hides_in_many_ways():
+    "Few long blocks are harder than many short ones: a score on one number of blocks would be that draw's score."
+    seen = []
+    class Spy(MAE):
+        def reconstruct(self, x, mask): seen.append(mask); return super().reconstruct(x, mask)
+    set_seed(0)
+    evaluate_mae(Spy(4, 42, 2, mask="block", min_len=2), _ar(96, 2), baselines=False)
+    blocks = (torch.cat(seen).int().diff(dim=1, prepend=torch.zeros(96, 1, dtype=torch.int)) == 1).sum(1)
+    assert len(blocks.unique()) >= 4
+
+
 def test_evaluation_rows_and_seed():
     set_seed(0)
     m, x = MAE(3, 40, 4, mask="block", min_len=2), rng(0, "w").normal(size=(20, 3, 40)).astype(np.float32)
