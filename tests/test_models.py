@@ -175,6 +175,40 @@ def test_head_shapes():
     for kind in Head.KINDS: assert Head(7, 5, 3, kind)(torch.randn(2, 7, 5)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("C,T,n,per_class", [(4, 80, 2, 2), (12, 50, 3, 1), (1, 60, 2, 1)])
+def test_tangent_network_starts_as_the_classical_decoder(C, T, n, per_class):
+    from pyriemann.estimation import XdawnCovariances
+    from pyriemann.tangentspace import TangentSpace
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from synapse_nb.evaluate.baselines import oas_covariance
+    from synapse_nb.models.base import toy_trials
+    toy = dict(n_chans=C, n_times=T, n_outputs=n, snr=0.4)
+    (X, y), (X2, _) = toy_trials(300, **toy), toy_trials(200, split="test", **toy)
+    coordinates = make_pipeline(XdawnCovariances(nfilter=per_class, estimator=oas_covariance), TangentSpace())
+    whole = make_pipeline(coordinates, StandardScaler(), LogisticRegression(C=1.0, max_iter=1000)).fit(X.astype(float), y)
+    m = create_model("tangent", C, T, n, 100, bin_s=0, per_class=per_class).start_from(X, y, C=1.0).eval()
+    with torch.no_grad(): z = m.encoder.tangent(torch.tensor(X2)).numpy()
+    want = coordinates.transform(X2.astype(float))
+    assert np.abs(np.abs(z) - np.abs(want)).max() < 2e-3 * np.abs(want).max()                    # a filter's sign is free
+    assert np.abs(predict(m, X2) - whole.predict_proba(X2.astype(float))).max() < 5e-3
+    with pytest.raises(SynapseError, match="class"): m.start_from(X, np.zeros_like(y))
+
+
+def test_tangent_network_on_dead_and_dependent_channels():
+    from synapse_nb.models.base import toy_trials
+    X, y = toy_trials(200, n_chans=6, n_times=50, snr=0.6)
+    X = X - X.mean(1, keepdims=True)                                                             # average reference: one dimension fewer
+    X[:, 2] = 0
+    m = create_model("tangent", 6, 50, 2, 100).start_from(X, y)
+    out = classify_step(m, {"x": torch.tensor(X), "y": torch.tensor(y)})
+    out["loss"].backward()
+    assert out["accuracy"] > 0.8 and all(torch.isfinite(p.grad).all() for p in m.parameters())
+    with torch.autocast("cpu", torch.bfloat16): assert torch.allclose(m.eval()(torch.tensor(X)).float(), m(torch.tensor(X)).float(), atol=0.1) and torch.isfinite(m(torch.tensor(X))).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_true_labels_and_shuffled_labels(name):

@@ -1,5 +1,7 @@
 """Linear baselines on real people: the figures that the shared recordings must give, through the study reader, the store and the windows."""
+import tomllib
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from synapse_nb.evaluate.metrics import auc, permute_labels
 from synapse_nb.core import rng
 from synapse_nb.studies.prepare import prepare
 from synapse_nb.studies.study import get_study
+from synapse_nb.train.decoding import DecodeConf, decode, decode_scores, network_against_baselines
+from synapse_nb.train.stages import prepare_study
 
 warnings.simplefilter("ignore")
 
@@ -86,3 +90,18 @@ def test_negative_control_is_not_significant(load):
         s = score(model, X, y, run)
         print("negative control", s)
         assert not s.above_chance and s.p > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["n170", "p300", "left_right"])
+def test_the_recipe_s_network_is_not_below_the_best_baseline(name, test_data, tmp_path):
+    "The committed recipe as it stands: held-out runs, with the rejected trials left out and with all; nothing in it was chosen on a test run."
+    conf = DecodeConf(**tomllib.loads((Path(__file__).parents[1] / "configs" / f"eegnb_{name}.toml").read_text()))
+    conf = conf.model_copy(update={"study": conf.study.model_copy(update={"root": test_data / f"muse_{name}"})})
+    done = decode(prepare_study(conf.study, conf.signal, tmp_path), conf)
+    for r in network_against_baselines(done, conf).itertuples():
+        print(name, r.subject, r.trials, r.network, "minus", r.baseline, f"{r.difference:+.3f} [{r.ci_low:+.3f}, {r.ci_high:+.3f}]")
+        assert r.ci_high > 0
+    scores = [s for s in decode_scores(done, conf) if s.split == "test" and s.model.startswith(conf.network.name)]
+    assert all(s.above_chance and s.p < 0.01 for s in scores if s.subject == "01")
+    assert all(not s.above_chance and s.p > 0.05 for s in scores if s.subject == "03")          # the negative control, reported as such

@@ -7,7 +7,7 @@ __all__ = ['GalleryTag', 'TargetTag', 'InputTag', 'DataTag', 'SeedsTag', 'Protoc
            'score_frame', 'wilson', 'binomial_p', 'holm', 'confusion', 'bootstrap_weights', 'classification_score',
            'balanced_accuracy', 'permute_labels', 'permuted_scores', 'widen_null', 'permutation_p', 'permutation_test',
            'auc', 'ranks_of_true', 'top_k_hits', 'top_k', 'log_loss', 'calibration_error', 'crossed_bootstrap',
-           'group_score', 'Comparison', 'compare_models', 'cluster_permutation', 'max_stat']
+           'group_score', 'Comparison', 'compare_models', 'compare_auc', 'cluster_permutation', 'max_stat']
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #f9ce3e88
 import re
@@ -547,6 +547,29 @@ def _sign_flips(n: int, m: int, seed: int) -> np.ndarray:
     "All 2^n sign patterns for n <= 12, else m random ones: (m, n)."
     if n <= 12: return 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
     return rng("flips", seed).choice([-1, 1], size=(m, n))
+
+# %% ../../nbs/evaluate/30_metrics.ipynb #54e520a5
+def _auc_shares(pos, s) -> tuple[float, np.ndarray]:
+    "AUC and what each trial adds to its error: (n,), summing to 0."
+    m, k, rank, share = pos.sum(), (~pos).sum(), _stats.rankdata(s), np.empty(len(s))
+    value = (rank[pos].sum() - m * (m + 1) / 2) / (m * k)
+    share[pos] = ((rank[pos] - _stats.rankdata(s[pos])) / k - value) / m
+    share[~pos] = (1 - (rank[~pos] - _stats.rankdata(s[~pos])) / m - value) / k
+    return float(value), share
+
+def compare_auc(y_true, score_a, score_b, *, runs=None, level: float = 0.95) -> Comparison:
+    """AUC of `score_a` minus AUC of `score_b` on the same trials: paired DeLong, over runs as clusters (t with their number - 1) when `runs (n,)` has five or more, else over trials. Two-sided.
+
+    y_true (n,) two labels, the larger one is 'positive'. Raises `SynapseError` when lengths differ or only one class is there."""
+    y, a, b = np.asarray(y_true), np.asarray(score_a, float), np.asarray(score_b, float); labels = np.unique(y)
+    if not len(y) == len(a) == len(b): raise SynapseError(f"A paired comparison needs the same trials in both: {len(y)} labels, {len(a)} and {len(b)} scores.")
+    if len(labels) != 2: raise SynapseError(f"AUC needs two classes in the truth, found {len(labels)}: {list(labels)[:5]}.")
+    (va, da), (vb, db) = (_auc_shares(y == labels[1], s) for s in (a, b))
+    ids = np.arange(len(y)) if runs is None else np.unique(np.asarray(runs), return_inverse=True)[1]
+    if ids.max() < 4: ids = np.arange(len(y))
+    G, value = ids.max() + 1, va - vb; sd = np.sqrt(G / (G - 1) * (np.bincount(ids, da - db) ** 2).sum()); half = _stats.t.ppf((1 + level) / 2, G - 1) * sd
+    p = float(2 * _stats.t.sf(abs(value) / sd, G - 1)) if sd > 0 else 1.0
+    return Comparison(difference=value, ci_low=value - half, ci_high=value + half, p=p, test=f"paired DeLong over {G} {'trials' if G == len(y) else 'runs'}", n_people=1)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #9fe984ff
 def cluster_permutation(curves, chance: float = 0.5, *, n_perm: int = 1000, seed: int = 0, alpha: float = 0.05) -> dict:

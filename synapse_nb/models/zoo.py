@@ -12,8 +12,8 @@ import inspect
 from ..core import SynapseError, suggest
 from .base import REGISTRY, Encoder, EncoderModel
 
-# %% ../../nbs/models/49_zoo.ipynb #c7903471
-MODEL_PAGES = ("convnets", "lfcnn", "wavelet", "stgate", "transformer", "hybrids", "brain")
+# %% ../../nbs/models/49_zoo.ipynb #145daae0
+MODEL_PAGES = ("convnets", "lfcnn", "wavelet", "stgate", "transformer", "hybrids", "brain", "tangent")
 
 def _load() -> None:
     "Import every page of models, so that each registers its own."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NetworkConf', 'DecodeConf', 'make_splits', 'TooFewTrials', 'fewer', 'common_channels', 'cut_windows', 'predictions',
-           'run_baselines', 'run_network', 'run_fused', 'Decoded', 'decode_person', 'decode', 'score_group',
-           'decode_protocol', 'decode_scores']
+           'run_baselines', 'start_network', 'run_network', 'run_fused', 'Decoded', 'decode_person', 'decode',
+           'score_group', 'decode_protocol', 'decode_scores', 'network_against_baselines']
 
-# %% ../../nbs/train/76_decoding.ipynb #a6e9bccd
+# %% ../../nbs/train/76_decoding.ipynb #240aa2a1
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from ..core import SynapseError, log, rng, set_seed
 from ..data.splits import Split, check_split, leave_one_out, make_split
 from ..data.windows import PairedWindows, Windows, channels_in
 from ..evaluate.baselines import make_baseline
-from ..evaluate.metrics import DataTag, InputTag, Protocol, Score, auc, balanced_accuracy
+from ..evaluate.metrics import Comparison, DataTag, InputTag, Protocol, Score, auc, balanced_accuracy, compare_auc, compare_models
 from ..models.base import call_model, classify_step
 from ..models.fusion import FusionModel
 from ..models.zoo import create_model
@@ -83,7 +83,7 @@ def cut_windows(prepared: Prepared, modality: str, subject: str, conf: WindowCon
     events = pd.concat([s.events for s in stores], ignore_index=True)
     return Windows(stores, events[events["trial_type"] != "catch"], conf.tmin, conf.tmax, conf.steps, labels=conf.labels, reject=reject, picks=common_channels(prepared, modality, conf.picks))
 
-# %% ../../nbs/train/76_decoding.ipynb #9f8b17e4
+# %% ../../nbs/train/76_decoding.ipynb #32136bdd
 def predictions(events: pd.DataFrame, proba: np.ndarray, y, classes, **tags) -> pd.DataFrame:
     "Rows `trial_id, subject, run, image, truth, p_<class>…` and the `tags` (modality, model, side, fold …)."
     out = events[["trial_id", "subject", "run", "image"]].reset_index(drop=True)
@@ -93,9 +93,9 @@ def predictions(events: pd.DataFrame, proba: np.ndarray, y, classes, **tags) -> 
 
 def _sides(split: Split, windows: Windows) -> dict:
     "The windows of each side; a side whose trials were all rejected is left out."
-    out = {}
+    out, there = {}, set(windows.events["trial_id"])
     for side in ("train", "val", "test"):
-        ids = [t for t in getattr(split, side) if t in set(windows.events["trial_id"])]
+        ids = [t for t in getattr(split, side) if t in there]
         if ids: out[side] = windows.subset(ids)
     return out
 
@@ -111,6 +111,12 @@ def run_baselines(sides: dict, baselines: dict, tags: dict) -> list[pd.DataFrame
             out.append(predictions(w.events, model.predict_proba(w.arrays()[0]), w.y, w.classes, model=name, side=side, **tags))
     return out
 
+def start_network(model, view: View) -> None:
+    "Give a model that can start from training trials (`start_from`) those of `view`, scaled as it will see them; the others start as they were made."
+    if not hasattr(model, "start_from"): return
+    batches = [view.__getitems__(list(range(i, min(i + 256, len(view))))) for i in range(0, len(view), 256)]
+    model.start_from(*(torch.cat([b[k] for b in batches]).numpy() for k in ("x", "y")))
+
 def run_network(sides: dict, conf: DecodeConf, tags: dict, seed: int):
     "The network trained on the training side, its epoch chosen on validation: (predictions, history, scale, model)."
     train = sides["train"]
@@ -118,6 +124,7 @@ def run_network(sides: dict, conf: DecodeConf, tags: dict, seed: int):
     views = {k: View(w, {"x": scale}) for k, w in sides.items()}
     set_seed(seed)
     model = create_model(conf.network.name, train.n_chans, train.n_times, len(train.classes), train.sfreq, train.chs_info, **conf.network.options)
+    start_network(model, views["train"])
     history = train_model(model, classify_step, views["train"], views.get("val"), conf.train, seed=seed, desc=f"{conf.network.name} {tags.get('modality', '')}")
     rows = [predictions(w.events, run_model(model, views[s], lambda m, b: call_model(m, b).softmax(-1)), w.y, w.classes, model=conf.network.name, side=s, **tags)
             for s, w in sides.items() if s != "train"]
@@ -221,3 +228,26 @@ def decode_scores(done: Decoded, conf: DecodeConf) -> list[Score]:
             protocol = decode_protocol(conf, pred, modality, trials, len(_classes(pred)), [v for k, v in done.splits.items() if k.split()[1] == trials])
             out.append(score_group(part, protocol, conf.seed, model=f"{model} ({modality})", subject=who[0] if len(who) == 1 else "all", split=side))
     return out
+
+# %% ../../nbs/train/76_decoding.ipynb #e09cbf7c
+def _paired(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
+    "Model `a` against model `b`, one row a trial and fold each: AUC for two classes (over runs), else the share of right answers (people × pictures)."
+    key, names = ["subject", "fold", "trial_id"], [f"p_{c}" for c in _classes(a)]
+    both = a.merge(b, on=key, suffixes=("", "_b"), validate="one_to_one")
+    if len(names) == 2: return compare_auc((both["truth"] == names[1][2:]).astype(int), both[names[1]], both[names[1] + "_b"], runs=both["subject"] + "/" + both["run"])
+    right = lambda tail: both["truth"] == np.array(_classes(a))[both[[n + tail for n in names]].to_numpy().argmax(1)]
+    picture = both["image"].where(both["image"].fillna("") != "", both["trial_id"])
+    table = lambda tail: right(tail).astype(float).groupby([both["subject"], picture]).mean().unstack().to_numpy()
+    return compare_models(table(""), table("_b"))
+
+def network_against_baselines(done: Decoded, conf: DecodeConf, side: str = "test") -> pd.DataFrame:
+    "The network minus the best baseline of the same trials: a row for each modality, choice of trials and person (`difference`, `ci_low`, `ci_high`, `p`, `test`)."
+    pred, rows = done.predictions[done.predictions["side"] == side], []
+    for (modality, trials, who), part in pred.groupby(["modality", "trials", "subject"], sort=False):
+        models = dict(list(part.groupby("model", sort=False)))
+        ours = models.pop(conf.network.name, None)
+        if ours is None or not models: continue
+        value = {k: score_group(m, decode_protocol(conf, pred, modality, trials, len(_classes(pred))), conf.seed).value for k, m in models.items()}
+        best = max(value, key=value.get)
+        rows.append(dict(modality=modality, trials=trials, subject=who, network=conf.network.name, baseline=best, n=len(ours), **_paired(ours, models[best]).model_dump()))
+    return pd.DataFrame(rows)

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'RUNNERS', 'SimulateConf', 'PrepareConf', 'DrawRunConf', 'lo
            'decode_report', 'retrieval_section', 'drawing_section', 'resolve_runs', 'run_conf', 'run_recipe', 'dry',
            'run_prepare']
 
-# %% ../../nbs/train/80_recipes.ipynb #8a54cb1c
+# %% ../../nbs/train/80_recipes.ipynb #c370428d
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ from ..studies.simulate import simulate_study
 from ..studies.study import get_study
 from ..stimuli.images import CATEGORIES
 from .callbacks import FirstStep, SayBatch, keep_states, tracked
-from .decoding import DecodeConf, common_channels, decode, decode_scores
+from .decoding import DecodeConf, common_channels, decode, decode_scores, network_against_baselines
 from .drawing import DrawConf, draw, draw_scores, train_judge, train_painter
 from .matching import ClipConf, MatchConf, PretrainConf, _vectors, fuse, match, match_scores, picture_vectors, pretrain, train_clip
 from .loop import ALWAYS
@@ -151,7 +151,7 @@ def _run_pretrain(conf: PretrainConf, run: RunFolder, store) -> None:
     done = pretrain(_ready(conf, store), conf, run.mine/"mae", foreign)
     if is_main(): write_json(run.path/"pretrain.json", done)
 
-# %% ../../nbs/train/80_recipes.ipynb #afe7c6e1
+# %% ../../nbs/train/80_recipes.ipynb #8768813b
 def save_table(path, table: pd.DataFrame) -> None:
     "A table as TSV, whole or not at all."
     with atomic_path(path) as tmp: table.to_csv(tmp, sep="\t", index=False)
@@ -169,6 +169,8 @@ def _run_decode(conf: DecodeConf, run: RunFolder, store) -> None:
     write_json(run.path/"histories.json", {k: list(v) for k, v in done.histories.items()}); write_json(run.path/"dropped.json", done.dropped)
     scores = decode_scores(done, conf)
     print_scores([s for s in scores if s.split == "test"])
+    for r in network_against_baselines(done, conf).itertuples():
+        print(f"{r.network} minus {r.baseline} ({r.modality}, {r.trials} trials of sub-{r.subject}, n = {r.n}): {r.difference:+.3f} [{r.ci_low:+.3f}, {r.ci_high:+.3f}], p = {r.p:.2g}, {r.test}")
     decode_report(conf, ready, done, scores).save(run.report, figures=True)
 
 def decode_report(conf: DecodeConf, ready: Prepared, done, scores) -> Report:
@@ -177,6 +179,7 @@ def decode_report(conf: DecodeConf, ready: Prepared, done, scores) -> Report:
     best = [s for s in scores if s.split == "test" and s.protocol.headline]
     for s in best[:8]: report.headline(s, f"{s.model}, sub-{s.subject}")
     report.section("Scores", f"{len(done.dropped)} trial(s) left out of at least one analysis (rejected, or too near an edge); ‘exclusions’ in the protocol says which scores are without them.", scores)
+    report.section("The network against the best baseline", "Test trials, paired; the baseline is the one that did best on them.", network_against_baselines(done, conf).round(4))
     refused_section(report, ready, done.skipped); pictures_section(report, ready.study); alignment_section(report, ready); evoked_section(report, ready, conf); confusion_section(report, done.predictions)
     report.section("Training", plot_losses(dict(list(done.histories.items())[:6])))
     return report
