@@ -16,6 +16,7 @@ from synapse_nb.models.wavelet import dwt1d, dwt2d, idwt1d, idwt2d, packet2d
 from synapse_nb.models.zoo import create_encoder, create_model, list_models, model_options
 
 NAMES = sorted(list_models())
+BROKEN_GRAPHS = ("lstm_cnn", "wavelet_cnn", "wavelet_cnn_2d", "wavelet_cnn_gat")             # torch.compile goes around LSTMs, and around PyWavelets, which makes the matrices
 ONE_TOKEN_CAUSAL = ("transformer", "conformer", "hybrid", "lstm_cnn", "cnn_transformer_gat", "wavelet_cnn_gat")
 
 
@@ -121,6 +122,27 @@ def test_gatv2_equals_torch_geometric():
         assert (g1 - g2).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("mode", GATv2.MODES)
+@pytest.mark.parametrize("heads,concat", [(1, True), (3, False)])
+def test_graph_attention_variants_node_by_node(mode, heads, concat):
+    "The update rules of arXiv:2305.16196, written out for each node and head; a mask and a table of the same edges agree."
+    g, x = GATv2(6, 4, heads, concat, activation="softplus", mode=mode), torch.randn(2, 9, 6)
+    nn.init.normal_(g.lin_l.bias); nn.init.normal_(g.lin_r.bias); nn.init.normal_(g.bias)
+    table = torch.stack([torch.cat([torch.tensor([i]), torch.tensor([j for j in torch.randperm(9).tolist() if j != i][:3])]) for i in range(9)])
+    mask = torch.zeros(9, 9, dtype=torch.bool).scatter(1, table, True)
+    left, right, own = (lin(x).view(2, 9, heads, 4) for lin in (g.lin_l, g.lin_r, g.theta_n or g.lin_r))
+    out = torch.zeros(2, 9, heads, 4)
+    for b in range(2):
+        for i in range(9):
+            hears = [j for j in table[i].tolist() if mode == "att" or j != i]
+            for h in range(heads):
+                alpha = torch.stack([g.att[h] @ nn.functional.softplus(left[b, j, h] + right[b, i, h]) for j in hears]).softmax(0)
+                out[b, i, h] = sum(a * left[b, j, h] for a, j in zip(alpha, hears)) + (0 if mode == "att" else own[b, i, h])
+    want = (out.flatten(2) if concat else out.mean(2)) + g.bias
+    assert torch.allclose(g(x, table), want, atol=1e-5) and torch.allclose(g(x, mask), want, atol=1e-5)
+    assert torch.isfinite(g(x, torch.zeros(9, 9, dtype=torch.bool))).all()                       # a node without edges
+
+
 @pytest.mark.parametrize("name", ONE_TOKEN_CAUSAL)
 def test_causal_by_perturbation(name):
     e = create_encoder(name, 6, 160, 250, chs(6), causal=True).eval()
@@ -220,8 +242,23 @@ def test_true_labels_and_shuffled_labels(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["eegnet", "spatial_conv", "mlp", "lf_cnn", "wavelet_cnn", "transformer", "brain_module", "stgate"])
+@pytest.mark.parametrize("name", NAMES)
 def test_export(name):
-    m, x = create_model(name, 8, 64, 3, 64, chs(8)).eval(), torch.randn(2, 8, 64)
-    exported = torch.export.export(m, (x,))
-    assert torch.allclose(exported.module()(x), m(x), atol=1e-5)
+    "torch.export of the whole model, for one batch size and for any: the exported program answers as the model does."
+    m, x = create_model(name, 8, 64, 3, 64, chs(8)).eval(), torch.randn(4, 8, 64)
+    for shapes in (None, {"x": {0: torch.export.Dim("batch", min=2, max=512)}}):
+        exported = torch.export.export(m, (x,), dynamic_shapes=shapes).module()
+        for z in (x,) if shapes is None else (x, torch.randn(7, 8, 64)): assert torch.allclose(exported(z), m(z), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_compile(name):
+    "torch.compile in one graph (but for BROKEN_GRAPHS): same gradients. (The tracing is the model's part; the code generator, minutes for all models, is tried on two.)"
+    torch._dynamo.reset()
+    m, batch = create_model(name, 8, 64, 3, 64, chs(8)).eval(), {"x": torch.randn(4, 8, 64), "y": torch.arange(4) % 3}
+    m.zero_grad(); classify_step(m, batch)["loss"].backward()
+    want = {n: p.grad.clone() for n, p in m.named_parameters()}
+    compiled = torch.compile(m, fullgraph=name not in BROKEN_GRAPHS, backend="inductor" if name in ("eegnet", "tangent") else "aot_eager")
+    m.zero_grad(); classify_step(compiled, batch)["loss"].backward()
+    for n, p in m.named_parameters(): assert torch.allclose(p.grad, want[n], atol=1e-4), n

@@ -48,10 +48,10 @@ class Stem(nn.Module):
         if self.kind == "wavegram": w = torch.log((w @ self.filters.T).unflatten(-1, (2, -1)).square().sum(-2) + 1e-2)
         return w.transpose(-1, -2)
 
-# %% ../../nbs/models/47_hybrids.ipynb #f83afb14
+# %% ../../nbs/models/47_hybrids.ipynb #dc006976
 class SensorAttention(nn.Module):
-    "Sensors listen to sensors: `(batch, n_chans, d, n_frames)` -> the same shape. `edges (n_chans, k)`: graph attention on those neighbours; None: attention to all."
-    def __init__(self, n_chans: int, d: int, n_frames: int, edges=None, d_node: int = 16, causal: bool = False):
+    "Sensors listen to sensors: `(batch, n_chans, d, n_frames)` -> the same shape. `edges (n_chans, k)`: graph attention on those neighbours (`activation`: leaky_relu or softplus); None: attention to all."
+    def __init__(self, n_chans: int, d: int, n_frames: int, edges=None, d_node: int = 16, causal: bool = False, activation: str = "leaky_relu"):
         super().__init__()
         self.who = nn.Parameter(torch.randn(n_chans, d_node))
         self.summary = None if causal else nn.Sequential(nn.LayerNorm(d * min(n_frames, 16)), nn.Linear(d * min(n_frames, 16), d_node))
@@ -59,7 +59,7 @@ class SensorAttention(nn.Module):
         self.register_buffer("edges", edges if edges is None else torch.as_tensor(edges))
         if edges is None: self.q, self.k = nn.Linear(d_node, d_node), nn.Linear(d_node, d_node)
         else:
-            self.gat = GATv2(d_node, d_node)
+            self.gat = GATv2(d_node, d_node, activation=activation)
             self.gat.bias = None                                             # only its attention is used; an idle parameter would stall training on many ranks
 
     def nodes(self, x):
@@ -72,7 +72,7 @@ class SensorAttention(nn.Module):
         if self.edges is None: A = (self.q(z) @ self.k(z).transpose(1, 2) / z.shape[-1]**0.5).softmax(-1)
         else:
             alpha, _ = self.gat.attention(z, self.edges)
-            A = torch.zeros(len(z), len(self.edges), len(self.edges), device=x.device, dtype=x.dtype).scatter(2, self.edges.expand(len(z), -1, -1), alpha[..., 0].to(x.dtype))
+            A = torch.zeros(z.shape[0], len(self.edges), len(self.edges), device=x.device, dtype=x.dtype).scatter(2, self.edges.expand(z.shape[0], -1, -1), alpha[..., 0].to(x.dtype))
         return torch.matmul(A, x.flatten(2)).view_as(x)
 
 # %% ../../nbs/models/47_hybrids.ipynb #c1fe6183
@@ -127,15 +127,15 @@ def make_time(what: str, d: int, causal: bool = False, drop: float = 0.3, skip: 
         if n not in TIME: raise SynapseError(f"Unknown temporal stage {n!r}; choose none or {', '.join(TIME)}, joined by '>'.")
     return nn.ModuleList([nn.ModuleList([TIME[n](d, causal, drop), Skip(skip, d)]) for n in names])
 
-# %% ../../nbs/models/47_hybrids.ipynb #20b162e8
+# %% ../../nbs/models/47_hybrids.ipynb #e8edf69c
 class Path(nn.Module):
     "One stem, its space stage and the mix of sensors: `(batch, n_chans, n_times)` -> `(batch, n_frames, width)`."
-    def __init__(self, n_chans, n_times, stem, space, width, hop, causal, skip, edges, wavelet):
+    def __init__(self, n_chans, n_times, stem, space, width, hop, causal, skip, edges, wavelet, activation="leaky_relu"):
         super().__init__()
         if space not in ("none", "attention", "graph"): raise SynapseError(f"Unknown space stage {space!r}; choose none, attention or graph.")
         self.stem, n_frames = Stem(stem, hop, causal, wavelet), -(-n_times // hop)
         d = self.stem.n_features
-        self.space = None if space == "none" else SensorAttention(n_chans, d, n_frames, edges if space == "graph" else None, causal=causal)
+        self.space = None if space == "none" else SensorAttention(n_chans, d, n_frames, edges if space == "graph" else None, causal=causal, activation=activation)
         self.join, self.mix, self.norm = Skip(skip, n_chans * d) if skip in ("none", "add") else Skip(skip, d), SpatialMix(n_chans * d, width), nn.LayerNorm(width)
 
     def forward(self, x):
@@ -143,19 +143,20 @@ class Path(nn.Module):
         if self.space is not None: x = self.join(x.transpose(2, 3), self.space(x).transpose(2, 3)).transpose(2, 3)
         return self.norm(self.mix(x.flatten(1, 2)).transpose(1, 2))
 
-# %% ../../nbs/models/47_hybrids.ipynb #5668f4f4
+# %% ../../nbs/models/47_hybrids.ipynb #4546c765
 class HybridEncoder(Encoder):
     """`(batch, n_chans, n_times)` -> `(batch, n_frames, width)`; frame i covers samples `i hop … (i + 1) hop - 1`.
 
     `stem`: raw, wavelet, spectrogram, wavegram, or several as "raw+wavelet". `space`: none, attention, graph (nearest `k` sensors by `chs_info`, or all when positions are unknown).
-    `time`: none, conv, lstm, transformer, "conv>transformer" …. `skip`: none, add, project, gate. `combine` of several stems: concat, add, attend. `hop_s` seconds, rounded to a power of two in samples."""
-    def __init__(self, n_chans, n_times, sfreq=None, chs_info=None, stem="raw", space="none", time="conv", skip="add", combine="concat", width=64, hop_s=0.032, k=8, wavelet="db4", drop=0.4, causal=False):
+    `time`: none, conv, lstm, transformer, "conv>transformer" …. `skip`: none, add, project, gate. `combine` of several stems: concat, add, attend. `hop_s` seconds, rounded to a power of two in samples.
+    `activation` of graph attention: leaky_relu or softplus (arXiv:2305.16196; `skip="project"` is its matrix for a node's own state)."""
+    def __init__(self, n_chans, n_times, sfreq=None, chs_info=None, stem="raw", space="none", time="conv", skip="add", combine="concat", width=64, hop_s=0.032, k=8, wavelet="db4", drop=0.4, causal=False, activation="leaky_relu"):
         super().__init__(n_chans, n_times, sfreq, chs_info)
         if combine not in ("concat", "add", "attend"): raise SynapseError(f"Unknown combine {combine!r}; choose concat, add or attend.")
         self.hop = 2**max(0, round(np.log2(max(1, min(hop_s * (self.sfreq or 128.0), n_times / 4)))))
         pos = channel_positions(chs_info) if chs_info is not None else np.full((n_chans, 3), np.nan)
         edges = nearest_neighbours(layout2d(pos), k) if np.isfinite(pos).all(1).any() else torch.arange(n_chans).expand(n_chans, -1)
-        self.paths = nn.ModuleList([Path(n_chans, n_times, s, space, width, self.hop, causal, skip, edges, wavelet) for s in stem.split("+")])
+        self.paths = nn.ModuleList([Path(n_chans, n_times, s, space, width, self.hop, causal, skip, edges, wavelet, activation) for s in stem.split("+")])
         self.combine = combine
         if len(self.paths) > 1 and combine == "concat": self.join = nn.Linear(width * len(self.paths), width)
         if len(self.paths) > 1 and combine == "attend": self.join = nn.Linear(width, 1)

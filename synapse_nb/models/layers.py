@@ -180,45 +180,57 @@ class TransformerBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/models/41_layers.ipynb #5e651a83
+# %% ../../nbs/models/41_layers.ipynb #f440c7b3
 def _gather_nodes(nodes, table):
     "`nodes (batch, n, heads, d)` at a table of neighbours `(n, k)` or `(batch, n, k)`: `(batch, n, k, heads, d)`."
-    i = table.expand(len(nodes), *table.shape[-2:]).flatten(1)[..., None].expand(-1, -1, nodes.shape[2] * nodes.shape[3])
-    return nodes.flatten(2).gather(1, i).view(len(nodes), *table.shape[-2:], *nodes.shape[2:])
+    i = table.expand(nodes.shape[0], *table.shape[-2:]).flatten(1)[..., None].expand(-1, -1, nodes.shape[2] * nodes.shape[3])
+    return nodes.flatten(2).gather(1, i).view(nodes.shape[0], *table.shape[-2:], *nodes.shape[2:])
 
 class GATv2(nn.Module):
     """Dense graph attention: nodes `(batch, n, d_in)` -> `(batch, n, n_heads * d_out)` (or `d_out`, the mean over heads, with `concat=False`).
 
-    Same weights and result as torch_geometric's `GATv2Conv` (add self loops to the mask yourself). `activation`: "leaky_relu" or "softplus"
-    (smooth, so a score's gradient never dies; the option of the source's graph variant). `share` uses one matrix for both ends of an edge.
-    `bias` is added to the score of each edge (same shape as the mask, or `(…, n, k)` for a table): how strong an edge is, from outside."""
-    def __init__(self, d_in: int, d_out: int, n_heads: int = 1, concat: bool = True, slope: float = 0.2, dropout: float = 0.0, share: bool = False, activation: str = "leaky_relu"):
+    Same weights and result as torch_geometric's `GATv2Conv` (add self loops to the mask yourself). `share` uses one matrix for both ends of an edge.
+    `activation="softplus"` and `mode` are the variants for small sparse graphs (Neumeier et al. 2023, arXiv:2305.16196): softplus is smooth, so a score's gradient never dies; in mode "att" a node
+    hears of itself through its edge to itself, in "theta_n" through a matrix of its own (`theta_n`), in "theta_r" through the matrix that its scores use; these two leave the edge to itself out.
+    `bias` is added to the score of each edge (same shape as the mask, or `(…, n, k)` for a table): how strong an edge is, from outside. A node without edges hears nothing."""
+    MODES = ("att", "theta_n", "theta_r")
+
+    def __init__(self, d_in: int, d_out: int, n_heads: int = 1, concat: bool = True, slope: float = 0.2, dropout: float = 0.0, share: bool = False, activation: str = "leaky_relu", mode: str = "att"):
         super().__init__()
-        self.n_heads, self.concat, self.dropout = n_heads, concat, dropout
+        self.n_heads, self.concat, self.dropout, self.mode = n_heads, concat, dropout, mode
         self.lin_l = nn.Linear(d_in, n_heads * d_out)
         self.lin_r = self.lin_l if share else nn.Linear(d_in, n_heads * d_out)
         self.att = nn.Parameter(torch.empty(n_heads, d_out))
         self.bias = nn.Parameter(torch.zeros(n_heads * d_out if concat else d_out))
         acts = {"leaky_relu": nn.LeakyReLU(slope), "softplus": nn.Softplus()}
         if activation not in acts: raise SynapseError(f"Unknown activation {activation!r}; choose leaky_relu or softplus.")
-        self.act = acts[activation]
+        if mode not in self.MODES: raise SynapseError(f"Unknown mode {mode!r} of graph attention; choose one of {', '.join(self.MODES)}.")
+        self.act, self.theta_n = acts[activation], nn.Linear(d_in, n_heads * d_out, bias=False) if mode == "theta_n" else None
         for w in (self.lin_l.weight, self.lin_r.weight, self.att): nn.init.xavier_uniform_(w)
         for lin in (self.lin_l, self.lin_r): nn.init.zeros_(lin.bias)
+
+    def _kept(self, edges):
+        "Which edges are heard: a mask shaped as the scores `(1 or batch, n, n or k)`, or None for all."
+        me, mask = torch.arange(edges.shape[-2], device=edges.device)[:, None], edges.dtype == torch.bool
+        if mask: edges = edges & (me != me.T) if self.mode != "att" else edges
+        elif self.mode == "att": return None
+        kept = edges if mask else edges != me
+        return kept if kept.ndim == 3 else kept[None]
 
     def attention(self, x, edges, bias=None):
         "Weights `(batch, n, n or k, n_heads)` that sum to 1 over what a node listens to, and the messages `(batch, 1 or n, n or k, n_heads, d_out)`."
         left, right = (lin(x).unflatten(-1, (self.n_heads, -1)) for lin in (self.lin_l, self.lin_r))
-        if edges.dtype == torch.bool: left = left[:, None]
-        else: left = _gather_nodes(left, edges)
-        score = (self.act(left + right[:, :, None]) * self.att).sum(-1)
+        left = left[:, None] if edges.dtype == torch.bool else _gather_nodes(left, edges)
+        score, kept = (self.act(left + right[:, :, None]) * self.att).sum(-1), self._kept(edges)
         if bias is not None: score = score + bias[..., None]
-        if edges.dtype == torch.bool: score = score.masked_fill(~edges.expand(len(x), *edges.shape[-2:])[..., None], float("-inf"))
-        return score.softmax(2), left
+        if kept is None: return score.softmax(2), left
+        return score.masked_fill(~kept[..., None], torch.finfo(score.dtype).min).softmax(2) * kept[..., None], left
 
     def forward(self, x, edges, bias=None):
         alpha, left = self.attention(x, edges, bias)
         alpha = F.dropout(alpha, self.dropout, self.training)
         out = torch.einsum("bijh,bjhd->bihd", alpha, left[:, 0]) if left.shape[1] == 1 and alpha.shape[1] > 1 else (alpha[..., None] * left).sum(2)
+        if self.mode != "att": out = out + (self.lin_r if self.theta_n is None else self.theta_n)(x).unflatten(-1, (self.n_heads, -1))
         return (out.flatten(2) if self.concat else out.mean(2)) + self.bias
 
 # %% ../../nbs/models/41_layers.ipynb #84f55e5e

@@ -62,12 +62,12 @@ def distance_prior(chs_info, scale: float = 0.25) -> np.ndarray | None:
     d = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
     return 4 * np.exp(-np.nan_to_num(d, nan=9.0) / scale) - 2
 
-# %% ../../nbs/models/45_stgate.ipynb #f58674ed
+# %% ../../nbs/models/45_stgate.ipynb #a42c6a47
 class STGATEEncoder(Encoder):
     """`(batch, n_chans, n_times)` -> `(batch, n_chans, d_graph)`. `frame_s`, `hop_s` seconds; `k` edges of each node; `graph`: "distance" (from positions) or "learned".
 
-    `activation="softplus"` is the smooth graph-attention variant. Raises `SynapseError` for an unknown `graph`."""
-    def __init__(self, n_chans, n_times, sfreq=None, chs_info=None, d=32, d_graph=32, n_heads=4, depth=1, k=10, frame_s=0.1, hop_s=0.05, graph="distance", activation="leaky_relu", drop=0.3):
+    `activation="softplus"` with `mode` "att", "theta_n" or "theta_r" are the graph-attention variants for small graphs (arXiv:2305.16196, see `layers.GATv2`). Raises `SynapseError` for an unknown `graph`."""
+    def __init__(self, n_chans, n_times, sfreq=None, chs_info=None, d=32, d_graph=32, n_heads=4, depth=1, k=10, frame_s=0.1, hop_s=0.05, graph="distance", activation="leaky_relu", mode="att", drop=0.3):
         super().__init__(n_chans, n_times, sfreq, chs_info)
         if graph not in ("distance", "learned"): raise SynapseError(f"Unknown graph {graph!r}; choose distance or learned (or call set_graph with your own matrix).")
         fs = self.sfreq or 128.0
@@ -78,7 +78,7 @@ class STGATEEncoder(Encoder):
         self.blocks = nn.ModuleList([TransformerBlock(d, n_heads, dropout=drop) for _ in range(depth)])
         self.dynamic = DynamicGraph(n_chans, d, k, distance_prior(chs_info) if graph == "distance" else None)
         self.time, self.project = TemporalAttention(length, d), nn.Sequential(nn.Flatten(2), nn.LayerNorm(length * d), nn.Linear(length * d, d_graph))
-        self.gat = GATv2(d_graph, d_graph, n_heads, concat=False, dropout=drop, activation=activation)
+        self.gat = GATv2(d_graph, d_graph, n_heads, concat=False, dropout=drop, activation=activation, mode=mode)
         self.drop = nn.Dropout(drop)
         self.measure()
 

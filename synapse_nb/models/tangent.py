@@ -74,7 +74,7 @@ def riemannian_mean(C, n_iter: int = 50, tol: float = 1e-9):
         M, last = half @ torch.matrix_exp(step * J) @ half, size
     return M
 
-# %% ../../nbs/models/55_tangent.ipynb #c3af04cd
+# %% ../../nbs/models/55_tangent.ipynb #81616148
 class TangentEncoder(Encoder):
     """`(batch, n_chans, n_times)` -> `(batch, 1, n_features)`: tangent-space coordinates of the covariance of `n_filters` filtered signals and as many templates, then the signals' means over bins of `bin_s` seconds (0: none)."""
     def __init__(self, n_chans, n_times, sfreq=None, chs_info=None, n_filters=4, bin_s=0.03):
@@ -94,7 +94,7 @@ class TangentEncoder(Encoder):
     def covariance(self, x):
         "Shrunk covariance of templates and filtered signals: `(batch, 2 n_filters, 2 n_filters)`."
         z = self.filters.to(x.dtype) @ x
-        return shrunk_covariance(torch.cat([self.templates.to(x.dtype).expand(len(x), -1, -1), z], 1))
+        return shrunk_covariance(torch.cat([self.templates.to(x.dtype).expand(x.shape[0], -1, -1), z], 1))
 
     def tangent(self, x):
         "Coordinates in the tangent space, `(batch, n_filters (2 n_filters + 1))`; off-diagonal ones times the root of 2, so that lengths are kept."
