@@ -81,9 +81,9 @@ def embed_pictures(encoder: str, images, cache_dir=None) -> np.ndarray:
     if not low.exists(): return z
     with np.load(low) as f: return _unit_rows(np.concatenate([z, (_thumbnails(images) - f["mean"]) @ f["components"]], 1)).astype(np.float32)
 
-# %% ../../nbs/train/77_matching.ipynb #b344f973
+# %% ../../nbs/train/77_matching.ipynb #0ab7d721
 class PretrainConf(OnWindows):
-    """A masked autoencoder on all persons' training windows of each modality. `f_max` (Hz): blocks are longer than its period.
+    """A masked autoencoder on all persons' training windows of each modality. `f_max` (Hz): blocks are longer than its period. `linear`: the decoder's output is added to the Wiener interpolator's (`selfsup.mae.LinearFill`).
 
     `n_train`: so many training windows of a modality in all, shared equally between persons and `foreign` studies (their windows are trained on, never tested)."""
     kind: Literal["pretrain"] = "pretrain"
@@ -91,6 +91,7 @@ class PretrainConf(OnWindows):
     patch: int = 4
     mask_ratio: float = 0.5
     f_max: float = 20.0
+    linear: bool = False
     n_train: int | None = None
     foreign: tuple[StudyConf, ...] = ()
     train: TrainConf = TrainConf(n_epochs=15, batch_size=64, lr=2e-3, patience=15)
@@ -121,7 +122,7 @@ class Chain(torch.utils.data.Dataset):
             for j, x in zip(at, self.views[k].__getitems__((rows[at] - start[k]).tolist())["x"]): out[j] = x
         return {"x": torch.stack(out)}
 
-# %% ../../nbs/train/77_matching.ipynb #cb48efe1
+# %% ../../nbs/train/77_matching.ipynb #f077cd45
 def foreign_views(prepared: Prepared, modality: str, ch_names: list[str], conf: PretrainConf, n: int | None) -> list[View]:
     "All windows (or `n` of each person, at random) of another study on the same channels, each person scaled by itself."
     out = []
@@ -148,10 +149,11 @@ def pretrain(prepared: Prepared, conf: PretrainConf, folder, foreign=()) -> dict
         if others: sides["train"] = Chain([p["train"] for p in people] + others)
         first = people[0]["train"]
         set_seed(conf.seed)
-        model = MAE(first.n_chans, first.n_times, patch=conf.patch, preset=conf.preset, mask="block", mask_ratio=conf.mask_ratio, min_len=min_block(first.sfreq, conf.patch, conf.f_max))
+        some = lambda s, n: sides[s].__getitems__(np.linspace(0, len(sides[s]) - 1, min(n, len(sides[s]))).astype(int).tolist())["x"].numpy()
+        model = MAE(first.n_chans, first.n_times, patch=conf.patch, preset=conf.preset, mask="block", mask_ratio=conf.mask_ratio, min_len=min_block(first.sfreq, conf.patch, conf.f_max), linear=conf.linear)
+        if conf.linear: model.fit_linear(some("train", 500))
         history = train_model(model, mae_step, sides["train"], sides["val"], conf.train, seed=conf.seed, desc=f"pre-train {modality}")
         save_mae(model, Path(folder)/modality)
-        some = lambda s, n: sides[s].__getitems__(np.linspace(0, len(sides[s]) - 1, min(n, len(sides[s]))).astype(int).tolist())["x"].numpy()
         out[modality] = {"history": list(history), "masked": evaluate_mae(model, some("test", 200), train=some("train", 500), seed=conf.seed), "n_train": len(sides["train"])}
     return out
 
