@@ -1,6 +1,6 @@
 """What learning without labels costs, and what it is worth: speed of the masked autoencoder, masked R2 against interpolation, probes and matching after pre-training against the same net from scratch.
 
-    python benchmarks/selfsup.py [--quick] [--only repeat speed bf16 probes matching masked scaled gpu] [--out FOLDER] [--fresh]
+    python benchmarks/selfsup.py [--quick] [--only repeat ranks speed bf16 probes matching masked scaled gpu] [--out FOLDER] [--fresh]
 
 1. speed: CPU time of one thread, forward + backward, `paper` preset, 262 tokens, batch 4. ABBA pairs, bootstrap interval of the median ratio; judged by the interval's bad end.
 2. masked: windows of a simulated film (22 posterior MEG sensors x 208 samples at 1000 Hz, 2-120 Hz), three quarters hidden in blocks of 16 ms or more; the network alone, and with the linear answer inside
@@ -9,7 +9,7 @@
    trained from scratch with the same labels (its best epoch by validation). Means over 3 seeds and 3 draws of labels, tested on pictures of unseen concepts; interval: bootstrap over
    people and draws. `scaled`: the same on channels that are scaled but not whitened, printed only.
 4. matching: the same encoders trained on to match picture features with 1,000 labelled trials, 200-way on unseen pictures, with and without pre-training. Paired difference; interval over pictures and seeds.
-5. repeat: the same seed twice, bit by bit. gpu: samples/s of the `paper` preset (printed, skipped without one).
+5. repeat: the same seed twice, bit by bit. ranks: contrastive losses over two ranks against one. gpu: samples/s of the `paper` preset (printed, skipped without one).
 
 Settings of 3 and 4 were chosen on another person (seed 11). A finished row is kept in FOLDER (runs/bench_selfsup) and not measured again; --fresh forgets them. --quick: smaller everything, rows judged alike but rough.
 """
@@ -17,7 +17,9 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -34,6 +36,7 @@ torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
 from synapse_nb.core import set_seed  # noqa: E402
+from synapse_nb.dist import run_ranks  # noqa: E402
 from synapse_nb.evaluate.metrics import top_k_hits  # noqa: E402
 from synapse_nb.models.base import EncoderModel, Head  # noqa: E402
 from synapse_nb.models.match import MatchModel, match_step  # noqa: E402
@@ -42,6 +45,7 @@ from synapse_nb.selfsup.masking import POLYNOMIALS, WienerInterpolator, expand_m
 from synapse_nb.selfsup.probes import draw_labels, encode, linear_probe  # noqa: E402
 from synapse_nb.selfsup.tfc import TFC, tfc_step  # noqa: E402
 from synapse_nb.studies.simulate import TrialModel, make_info, make_things, trial_blocks  # noqa: E402
+from synapse_nb.train.checkpoint import read_tensors  # noqa: E402
 
 CPU = time.process_time
 
@@ -275,6 +279,16 @@ def repeat(quick, out):
         same = all(torch.equal(v, runs[1][k]) for k, v in runs[0].items()); yield row(f"{kind}: the same seed twice, 10 steps", float(same), 1.0, None, None, "identical", same, "every weight identical" if same else "weights DIFFER")
 
 
+def ranks(quick, out):
+    "NT-Xent, CLIP, SigLIP and queue losses and their gradients over 7 samples, three on one rank and four on the other, against one process (tests/contrast_program.py)."
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"); script = ROOT / "tests" / "contrast_program.py"
+    with tempfile.TemporaryDirectory() as d:
+        subprocess.run([sys.executable, script, d], env=env, check=True); run_ranks([script, d], 2, env=env, on_line=None, timeout_s=300)
+        one, two = (read_tensors(Path(d) / f"ranks{k}.safetensors")[0] for k in (1, 2))
+    far = {k: float((two[k] - v).norm() / v.norm().clamp(min=1e-12)) for k, v in one.items()}; worst = max(far, key=far.get)
+    yield row("contrastive losses and gradients, 2 ranks against 1", far[worst], 0.0, None, None, "<= 1e-5", far[worst] <= 1e-5, f"worst of {len(far)} tensors {far[worst]:.1e} ({worst})")
+
+
 def gpu(quick, out):
     if not torch.cuda.is_available(): print("--   no GPU here: samples/s of the paper preset not measured"); return
     m, x = MAE(22, 261 * 4, 4, preset="paper").cuda(), torch.randn(64, 22, 261 * 4, device="cuda")
@@ -288,7 +302,7 @@ def gpu(quick, out):
     torch.cuda.synchronize(); s = 640 / (time.time() - t); yield row("paper preset on the GPU, bf16, samples/s", s, None, None, None, None, None, f"{s:.0f} windows of 22 x 1044 a second")
 
 
-PARTS = dict(repeat=repeat, speed=speed, bf16=bf16_curve, probes=probes, matching=matching, masked=masked, scaled=scaled, gpu=gpu)
+PARTS = dict(repeat=repeat, ranks=ranks, speed=speed, bf16=bf16_curve, probes=probes, matching=matching, masked=masked, scaled=scaled, gpu=gpu)
 
 
 def main():
