@@ -93,10 +93,10 @@ def table(folder, preset, n, seeds):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--quick", action="store_true", help="300 trials, one seed, the committed table stays as it is"), p.add_argument("--full", action="store_true"), p.add_argument("--n", type=int, default=1500), p.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2]), p.add_argument("--preset", default="easy")
+    p.add_argument("--quick", action="store_true", help="300 trials, two seeds, the committed table stays as it is"), p.add_argument("--full", action="store_true"), p.add_argument("--n", type=int, default=1500), p.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2]), p.add_argument("--preset", default="easy")
     p.add_argument("--out", type=Path, default=Path("runs/hybrids")), p.add_argument("--table", type=Path, default=ROOT / "nbs/explanations/46_hybrids.csv")
     a = p.parse_args()
-    if a.quick: a.n, a.seeds, a.table = 300, [0], a.out / "quick.csv"
+    if a.quick: a.n, a.seeds, a.table = 300, [0, 1], a.out / "quick.csv"
     a.out.mkdir(parents=True, exist_ok=True)
     for seed in a.seeds:
         d = None
