@@ -111,8 +111,9 @@ def main():
     t.to_csv(a.table, index=False)
     print(t.drop(columns=["preset", "version"]).to_string(index=False))
     control, real = t[t.choice == "control"].iloc[0], t[t.choice != "control"]
-    rows = [dict(what="top-5 of the worst joint, lower end above chance", ours=float(real.ci_low.min()), bar="> 0.025", holds=bool(a.quick or (real.ci_low > .025).all())),
-            dict(what="shuffled trials", ours=float(control.top5), bar="interval holds 0.025", holds=bool(a.quick or control.ci_low <= .025 <= control.ci_high))]
+    worst, bar = (real.top5.min(), .05) if a.quick else (real.ci_low.min(), .025)                # two seeds of 300 trials have no interval to speak of
+    rows = [dict(what=f"top-5 of the worst joint{'' if a.quick else ', lower end'}", ours=float(worst), bar=f"> {bar}", holds=bool(worst > bar)),
+            dict(what="shuffled trials", ours=float(control.top5), bar="interval holds 0.025", holds=bool(control.ci_low <= .025 <= control.ci_high))]
     print(json.dumps({"rows": rows, "holds": all(r["holds"] for r in rows)}))
 
 
