@@ -106,19 +106,20 @@ class LinearFill(nn.Module):
         filled = (f.transpose(1, 2) @ V.T).transpose(1, 2) + self.mean[:, None]
         return torch.where(expand_mask(mask, self.patch, t)[:, None], filled.to(x.dtype), x)
 
-# %% ../../nbs/selfsup/62_mae.ipynb #f414f084
+# %% ../../nbs/selfsup/62_mae.ipynb #acda4947
 class MAE(nn.Module):
     """Masked autoencoder for multichannel windows `(batch, n_chans, n_times)`.
 
     `preset`: `tiny`, `small`, `base` or `paper` (SC-MBM of MinD-Vis); single sizes can be overridden. `mask`: `random` or `block` with blocks of at least `min_len` patches; `mask_ratio=0` with
-    `channel_ratio > 0` hides channels only. `linear`: the decoder's output is added to a `LinearFill`, to be fitted with `fit_linear(X)` before training; the encoder is the same. `forward(x)` -> dict with `pred` `(batch, n_chans, n_times)`, `hidden` (bool, same shape) and `loss`.
+    `channel_ratio > 0` hides channels only. `linear`: the decoder's output is added to a `LinearFill`, to be fitted with `fit_linear(X)` before training; the encoder is the same.
+    `out_init`: scale of the output layer's first weights; 0 starts from the mean instead of from noise of the signal's size, which on noisy signals saves most of the first steps (always so with `linear`). `forward(x)` -> dict with `pred` `(batch, n_chans, n_times)`, `hidden` (bool, same shape) and `loss`.
     Raises `SynapseError` for unknown presets and for `linear` with hidden channels. Sources: He et al. 2022 (arXiv:2111.06377); Chen et al. 2023 (arXiv:2211.06956)."""
-    def __init__(self, n_chans: int, n_times: int, patch: int = 4, preset: str = "tiny", mask: str = "random", mask_ratio: float = 0.75, min_len: int = 1, channel_ratio: float = 0.0, linear: bool = False, **sizes):
+    def __init__(self, n_chans: int, n_times: int, patch: int = 4, preset: str = "tiny", mask: str = "random", mask_ratio: float = 0.75, min_len: int = 1, channel_ratio: float = 0.0, linear: bool = False, out_init: float = 1.0, **sizes):
         super().__init__()
         if preset not in PRESETS: raise SynapseError(f"Unknown MAE preset {preset!r}; choose from {', '.join(PRESETS)}.")
         if linear and channel_ratio: raise SynapseError("linear=True works along time; it cannot fill hidden channels (channel_ratio > 0). Choose one of the two.")
         s = PRESETS[preset] | sizes
-        self.config = dict(n_chans=n_chans, n_times=n_times, patch=patch, preset=preset, mask=mask, mask_ratio=mask_ratio, min_len=min_len, channel_ratio=channel_ratio, linear=linear, **sizes)
+        self.config = dict(n_chans=n_chans, n_times=n_times, patch=patch, preset=preset, mask=mask, mask_ratio=mask_ratio, min_len=min_len, channel_ratio=channel_ratio, linear=linear, out_init=out_init, **sizes)
         self.mask, self.mask_ratio, self.min_len, self.channel_ratio = mask, mask_ratio, min_len, channel_ratio
         self.encoder = MAEEncoder(n_chans, n_times, patch, s["d_model"], s["depth"], s["n_heads"], s["mlp_ratio"])
         self.to_decoder, self.mask_token = nn.Linear(s["d_model"], s["dec_d"]), nn.Parameter(torch.randn(1, 1, s["dec_d"]) * 0.02)
@@ -129,7 +130,7 @@ class MAE(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
         self.linear = LinearFill(n_chans, n_times, patch) if linear else None
-        if linear: nn.init.zeros_(self.out.weight)
+        with torch.no_grad(): self.out.weight.mul_(0.0 if linear else out_init)
 
     def fit_linear(self, X):
         "Fit the linear part on training windows `X` `(n, n_chans, n_times)`; a few hundred are enough. Nothing to do without `linear=True`."
