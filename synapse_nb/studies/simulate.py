@@ -192,7 +192,8 @@ def _patches(preset, seed, subject):
         angle = common.uniform(0, 2 * np.pi) + np.deg2rad(r.normal(0, preset.turn))
         base = np.sqrt(1 - preset.radial) * (np.cos(angle) * a + np.sin(angle) * b) + np.sqrt(preset.radial) * d
         o = base + common.normal(0, .35, (30, 3))
-        pos.append(centre + where @ np.stack([a, b]))
+        flat = where @ np.stack([a, b]) + (centre - CENTRE)
+        pos.append(CENTRE + flat * np.minimum(1, .0805 / np.linalg.norm(flat, axis=1, keepdims=True)))      # inside the inner skull, at 0.9 of the head's radius
         ori.append(o / np.linalg.norm(o, axis=1, keepdims=True))
         at = common.normal(0, .008, (preset.modes, 2))
         w = np.exp(-((where[None] - at[:, None]) ** 2).sum(-1) / (2 * .006**2))
