@@ -10,10 +10,10 @@ import numpy as np
 
 from ..core import SynapseError
 
-# %% ../../nbs/models/54_encoding.ipynb #e041b4b2
+# %% ../../nbs/models/54_encoding.ipynb #6e586223
 class _Whitener:
     "Trials `(n, C, T)` -> `(n, c, t)`: clipped channels, means over steps of `step` samples, `n_components` whitened directions of the sensors, whitened over time. Fitted on training trials."
-    def __init__(self, n_components=40, step=5, clip=4.0): self.n_components, self.step, self.clip = n_components, step, clip
+    def __init__(self, n_components=64, step=5, clip=4.0): self.n_components, self.step, self.clip = n_components, step, clip
 
     def _steps(self, X):
         n = X.shape[-1] // self.step * self.step
@@ -112,12 +112,12 @@ def _choose(Y, Z, groups, options, ridge, seed, n_folds=3):
             for k in SHRINK: loss[ranks, k] = loss.get((ranks, k), 0) + _surprise(b, energy, right.ravel(), k)
     return min(loss, key=loss.get)
 
-# %% ../../nbs/models/54_encoding.ipynb #de7b599b
+# %% ../../nbs/models/54_encoding.ipynb #5d4b793c
 class EncodingDecoder(_Identifier):
     """Identify by a low-rank encoding model. `ranks`: directions of features, sensors, time; None: chosen from `RANKS` on held-out pictures. `n_components`: whitened sensor directions; `step`: samples averaged.
 
     `window`: first and last sample used (None: all). After `fit`: `ranks_`, `shrink_`, `core_`, `directions_`."""
-    def __init__(self, ranks: tuple | None = None, n_components: int = 40, step: int = 5, window: tuple | None = None, ridge: float = 0.1, clip: float = 4.0, seed: int = 0):
+    def __init__(self, ranks: tuple | None = None, n_components: int = 64, step: int = 5, window: tuple | None = None, ridge: float = 0.5, clip: float = 4.0, seed: int = 0):
         self.ranks, self.ridge, self.window, self.seed = ranks, ridge, window, seed
         self.whiten = _Whitener(n_components, step, clip)
 
