@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NetworkConf', 'DecodeConf', 'make_splits', 'TooFewTrials', 'fewer', 'common_channels', 'cut_windows', 'predictions',
            'run_baselines', 'start_network', 'run_network', 'run_fused', 'Decoded', 'decode_person', 'decode',
-           'score_group', 'decode_protocol', 'decode_scores', 'network_against_baselines']
+           'score_group', 'decode_protocol', 'decode_scores', 'probability_scores', 'network_against_baselines']
 
-# %% ../../nbs/train/76_decoding.ipynb #240aa2a1
+# %% ../../nbs/train/76_decoding.ipynb #5e5f2f64
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from ..core import SynapseError, log, rng, set_seed
 from ..data.splits import Split, check_split, leave_one_out, make_split
 from ..data.windows import PairedWindows, Windows, channels_in
 from ..evaluate.baselines import make_baseline
-from ..evaluate.metrics import Comparison, DataTag, InputTag, Protocol, Score, auc, balanced_accuracy, compare_auc, compare_models
+from ..evaluate.metrics import Comparison, DataTag, InputTag, Protocol, Score, auc, balanced_accuracy, calibration_error, compare_auc, compare_models, log_loss
 from ..models.base import call_model, classify_step
 from ..models.fusion import FusionModel
 from ..models.zoo import create_model
@@ -227,6 +227,17 @@ def decode_scores(done: Decoded, conf: DecodeConf) -> list[Score]:
             if not len(part): continue
             protocol = decode_protocol(conf, pred, modality, trials, len(_classes(pred)), [v for k, v in done.splits.items() if k.split()[1] == trials])
             out.append(score_group(part, protocol, conf.seed, model=f"{model} ({modality})", subject=who[0] if len(who) == 1 else "all", split=side))
+    return out
+
+# %% ../../nbs/train/76_decoding.ipynb #e916a4dc
+def probability_scores(done: Decoded, conf: DecodeConf) -> list[Score]:
+    "For each model of each person with 500 test trials or more: log loss (chance log K) and expected calibration error (its 'chance' is the error that a calibrated model would show at this n)."
+    out, pred = [], done.predictions[done.predictions["side"] == "test"]
+    for (modality, trials, model, who), part in pred.groupby(["modality", "trials", "model", "subject"], sort=False):
+        if len(part) < 500: continue
+        classes = _classes(part); y, p = part["truth"].map(classes.index).to_numpy(), part[[f"p_{c}" for c in classes]].to_numpy()
+        tags = dict(protocol=decode_protocol(conf, pred, modality, trials, len(classes)), model=f"{model} ({modality})", subject=who, split="test", seed=conf.seed)
+        out += [log_loss(y, p, clusters=(part["subject"] + "/" + part["run"]).to_numpy(), **tags), calibration_error(y, p, **tags)]
     return out
 
 # %% ../../nbs/train/76_decoding.ipynb #e09cbf7c

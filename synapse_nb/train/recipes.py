@@ -29,7 +29,7 @@ from ..studies.simulate import simulate_study
 from ..studies.study import get_study
 from ..stimuli.images import CATEGORIES
 from .callbacks import FirstStep, SayBatch, keep_states, tracked
-from .decoding import DecodeConf, common_channels, decode, decode_scores, network_against_baselines
+from .decoding import DecodeConf, common_channels, decode, decode_scores, network_against_baselines, probability_scores
 from .drawing import DrawConf, draw, draw_scores, train_judge, train_painter
 from .matching import ClipConf, MatchConf, PretrainConf, _vectors, fuse, match, match_scores, picture_vectors, pretrain, train_clip
 from .loop import ALWAYS
@@ -179,6 +179,7 @@ def decode_report(conf: DecodeConf, ready: Prepared, done, scores) -> Report:
     best = [s for s in scores if s.split == "test" and s.protocol.headline]
     for s in best[:8]: report.headline(s, f"{s.model}, sub-{s.subject}")
     report.section("Scores", f"{len(done.dropped)} trial(s) left out of at least one analysis (rejected, or too near an edge); ‘exclusions’ in the protocol says which scores are without them.", scores)
+    if sure := probability_scores(done, conf): report.section("Can the stated probabilities be believed?", "Test trials. Log loss in nats; ‘ece’: expected calibration error, whose ‘chance’ is what a calibrated model would show at this n.", sure)
     report.section("The network against the best baseline", "Test trials, paired; the baseline is the one that did best on them.", network_against_baselines(done, conf).round(4))
     refused_section(report, ready, done.skipped); pictures_section(report, ready.study); alignment_section(report, ready); evoked_section(report, ready, conf); confusion_section(report, done.predictions)
     report.section("Training", plot_losses(dict(list(done.histories.items())[:6])))
