@@ -190,8 +190,10 @@ class Score(BaseModel):
 
     @property
     def above_chance(self) -> bool:
-        "The whole 95 % interval lies above chance (and p < 0.05, where a test was made)."
-        return self.ci_low is not None and self.chance is not None and self.ci_low > self.chance and (self.p is None or self.p < 0.05)
+        "The whole 95 % interval is better than chance: above it, or below for log loss and calibration error (and p < 0.05, where a test was made)."
+        if self.ci_low is None or self.chance is None: return False
+        better = self.ci_high < self.chance if self.metric in ("log_loss", "ece") else self.ci_low > self.chance
+        return better and (self.p is None or self.p < 0.05)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #628a5d0e
 def write_scores(path, scores):

@@ -180,7 +180,7 @@ def decode_report(conf: DecodeConf, ready: Prepared, done, scores) -> Report:
     for s in best[:8]: report.headline(s, f"{s.model}, sub-{s.subject}")
     report.section("Scores", f"{len(done.dropped)} trial(s) left out of at least one analysis (rejected, or too near an edge); ‘exclusions’ in the protocol says which scores are without them.", scores)
     if sure := probability_scores(done, conf): report.section("Can the stated probabilities be believed?", "Test trials. Log loss in nats; ‘ece’: expected calibration error, whose ‘chance’ is what a calibrated model would show at this n.", sure)
-    report.section("The network against the best baseline", "Test trials, paired; the baseline is the one that did best on them.", network_against_baselines(done, conf).round(4))
+    report.section("The network against the best baseline", "Test trials, paired; the baseline is the one that did best on them.", network_against_baselines(done, conf).drop(columns="n_people", errors="ignore").round(4))
     refused_section(report, ready, done.skipped); pictures_section(report, ready.study); alignment_section(report, ready); evoked_section(report, ready, conf); confusion_section(report, done.predictions)
     report.section("Training", plot_losses(dict(list(done.histories.items())[:6])))
     return report
