@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 OURS = ["encoding", "mlp", "spatial_conv", "brain_module", "eegnet", "lf_cnn", "conformer", "linear"]
 PEERS = ["ridge", "lda", "braindecode:BrainModule", "braindecode:EEGNet", "braindecode:ShallowFBCSPNet", "braindecode:Deep4Net", "braindecode:EEGConformer", "braindecode:ATCNet"]
-CEILINGS = ["attainable"]
+CEILINGS = ["attainable", "genie"]
 DEFAULT = [("meg", 5000, 0), ("eeg2", 20000, 0)]
 FULL = [(p, n, s) for p in ("meg", "eeg2") for n in (1000, 5000, 20000) for s in range(3)]
 PUBLISHED = {"BrainModule": 84.5, "Deep4Net": 57.3, "EEGNet": 28.1, "ShallowFBCSPNet": 15.4, "EEGConformer": 10.0, "ATCNet": 5.1}        # NeuralBench, top-5 of 200 on THINGS-EEG2
@@ -206,15 +206,16 @@ def lda(d, seed):
     return dict(similar=None, logits=LinearDiscriminantAnalysis(solver="lsqr", shrinkage=.5).fit(A, d["y"]).decision_function(B), val=0.)
 
 
-def attainable(preset, n, seed):
-    "What may be hoped for from n trials: knows the family, the noise and the population, not this person."
-    from synapse_nb.evaluate.ceiling import attainable as likelihood, learn_blocks, population
+def ceiling(name, preset, n, seed):
+    "`attainable`: what may be hoped for from n trials, knows the family, the noise and the population, not this person. `genie`: knows all but the picture."
+    from synapse_nb.evaluate.ceiling import attainable, learn_blocks, oracle, population
     from synapse_nb.studies.simulate import TrialModel, _plan_trials, make_things, trial_blocks
     m = TrialModel(preset, seed, subject_sd=0.); zt, _ = make_things(200, 1, seed, key="test")
     shown = np.concatenate([np.random.default_rng([seed, k]).permutation(200) for k in range(4)]); plan = _plan_trials(m, zt[shown], "test", np.repeat(np.arange(4), 200))
+    if name == "genie": return dict(similar=np.concatenate([oracle(m, x, plan, rows, zt, known) for rows, x, known in trial_blocks(m, zt[shown], "test", plan=plan, block=200)]), shown=shown)
     z, _ = make_things(-(-n // 12), 12, seed); z = z[np.random.default_rng(seed).permutation(len(z))[:n]]; told = _plan_trials(m, z, "train")
     post = learn_blocks(m, trial_blocks(m, z, "train", plan=told, block=200), told, population(m))
-    return dict(similar=np.concatenate([likelihood(m, post, x, plan, rows, zt) for rows, x, *_ in trial_blocks(m, zt[shown], "test", plan=plan, block=200)]), shown=shown)
+    return dict(similar=np.concatenate([attainable(m, post, x, plan, rows, zt) for rows, x, *_ in trial_blocks(m, zt[shown], "test", plan=plan, block=200)]), shown=shown)
 
 
 # ------------------------------------------------------------------------------------------------ cells
@@ -223,7 +224,7 @@ def cell(preset, n, seed, name, a):
     path = a.out / f"{preset}-{n}-{seed}-{name.replace(':', '.')}.npz"
     if path.exists(): return path
     t0 = time.process_time()
-    if name == "attainable": d = {"version": ""}; r = attainable(preset, n, seed); d = {"shown": r.pop("shown")}
+    if name in CEILINGS: r = ceiling(name, preset, n, seed); d = {"shown": r.pop("shown")}
     else:
         d = trials(preset, n, seed, a.cache); t0 = time.process_time()
         r = globals()[name](d, seed) if name in ("encoding", "ridge", "lda") else network(name, d, seed, 60 * a.minutes)
@@ -295,7 +296,7 @@ def main():
         print(f"\npreset {preset} {PRESETS[preset].version}, {n:,} training trials, seed {seed}; single trials, unseen pictures, one person; 200-way (chance 0.5 / 2.5 %, two-way 50), 27-way (3.70), 8-way (12.5)", flush=True)
         cells = {}
         for name in OURS + PEERS + CEILINGS:
-            wanted = not a.report and (not a.models or name in a.models) and not (a.quick and name == "attainable")
+            wanted = not a.report and (not a.models or name in a.models) and not (a.quick and name == "attainable" or preset != "easy" and name == "genie")
             path = a.out / f"{preset}-{n}-{seed}-{name.replace(':', '.')}.npz"
             if wanted and not path.exists():
                 try: cell(preset, n, seed, name, a)
@@ -315,15 +316,19 @@ def judged(preset, n, seed, cells):
     if mine and theirs:
         best = "encoding" if "encoding" in mine else max(mine, key=lambda k: have[k]["facts"]["val"]); peer = min(theirs, key=lambda k: have[k]["rank"].mean())
         ratio, low, high = compare(have[best], have[peer])
-        rows.append(dict(what=f"{preset} {n} seed {seed}: {best} / {peer}, S_eff ({len(theirs)} peers run)", ours=ratio, peer=peer, ratio=ratio, interval=[low, high], bar=">= 1.1, interval above 1", holds=ratio >= 1.1 and low > 1))
+        rows.append(dict(what=f"{preset} {n} seed {seed}: {best} / {peer}, S_eff ({len(theirs)} peers run)", ours=ratio, peer=peer, ratio=ratio, interval=[low, high], bar=">= 1.1, interval above 1", holds=bool(ratio >= 1.1 and low > 1)))
     if mine and "attainable" in have:
         top5 = lambda c: (c["rank"] < 5).mean() - .025
         best = "encoding" if "encoding" in mine else mine[0]
-        rows.append(dict(what=f"{preset} {n} seed {seed}: {best}, part of attainable({n}) above chance, top-5", ours=float(top5(have[best]) / top5(have["attainable"])), bar=">= 0.5" if preset == "meg" else "told", holds=preset != "meg" or top5(have[best]) >= .5 * top5(have["attainable"])))
+        rows.append(dict(what=f"{preset} {n} seed {seed}: {best}, part of attainable({n}) above chance, top-5", ours=float(top5(have[best]) / top5(have["attainable"])), bar=">= 0.5" if preset == "meg" else "told", holds=bool(preset != "meg" or top5(have[best]) >= .5 * top5(have["attainable"]))))
+    if mine and preset == "easy" and "genie" in have:
+        top1 = lambda c: (c["rank"] < 1).mean() - .005
+        rows.append(dict(what=f"easy {n} seed {seed}: encoding, part of the genie bound above chance, top-1", ours=float(top1(have["encoding"]) / top1(have["genie"])), bar=">= 0.85", holds=bool(top1(have["encoding"]) >= .85 * top1(have["genie"]))))
     nets = [k for k in PUBLISHED if f"braindecode:{k}" in have]
     if preset == "eeg2" and len(nets) == len(PUBLISHED):
         rho = spearmanr([PUBLISHED[k] for k in nets], [-have[f"braindecode:{k}"]["rank"].mean() for k in nets]).statistic
-        rows.append(dict(what=f"eeg2 {n} seed {seed}: rank correlation with the published order of {len(nets)} networks", ours=float(rho), bar=">= 0.8", holds=rho >= .8))
+        learnt = sum(two_way(have[f"braindecode:{k}"]["rank"]) > .52 for k in nets)                          # 2,400 trials of 200 pictures: the standard error of chance is about 0.8 points
+        rows.append(dict(what=f"eeg2 {n} seed {seed}: rank correlation with the published order of {len(nets)} networks, {learnt} of which are above chance", ours=float(rho), bar=">= 0.8, all above chance", holds=bool(rho >= .8 and learnt == len(nets))))
     return rows
 
 
