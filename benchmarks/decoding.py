@@ -1,9 +1,9 @@
-"""Which decoder reads most from the same trials: ours and the peers' on the frozen simulated study, at equal CPU time and at convergence.
+"""Which decoder reads most from the same trials: ours and the peers' on the frozen simulated study, each network within the same CPU time, or until it converges before.
 
     .venv-bench/bin/python benchmarks/decoding.py [--quick | --full] [--presets meg eeg2] [--models …] [--minutes 5] [--out FOLDER]
 
 One person, single trials, unseen pictures. Every network has the same trials, the same loss (contrastive to the picture's 64 features, cross-entropy of 27 categories), optimiser and stopping rule (validation concepts, taken from
-the training trials); they differ in the architecture only. Each cell (preset, trials, seed, model) is one file in FOLDER and is not run again; cells that are not there print 'not run'. Best of ours: by validation. Best of the peers: by the test score, so that the ratio errs against us.
+the training trials); they differ in the architecture only. Each cell (preset, trials, seed, model) is one file in FOLDER and is not run again; cells that are not there print 'not run'. Ours in the ratio is the encoding decoder, named beforehand; the peer is the one with the best test score, so that the ratio errs against us.
 --full: 3 seeds, 1,000 to 20,000 trials (a cluster's work: share the cells among jobs with --models and --presets). --quick: preset easy, 20 s a network.
 """
 import argparse
@@ -19,6 +19,8 @@ import torch
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from synapse_nb.evaluate.metrics import wilson  # noqa: E402
+from synapse_nb.train.loop import Callback  # noqa: E402
 
 OURS = ["encoding", "mlp", "spatial_conv", "brain_module", "eegnet", "lf_cnn", "conformer", "linear"]
 PEERS = ["ridge", "lda", "braindecode:BrainModule", "braindecode:EEGNet", "braindecode:ShallowFBCSPNet", "braindecode:Deep4Net", "braindecode:EEGConformer", "braindecode:ATCNet"]
@@ -59,9 +61,7 @@ def trials(preset, n, seed, folder, repeats=12, n_test=200):
 
 def _channels(m):
     from synapse_nb.studies.simulate import make_info
-    try: info = make_info("meg" if m.modality == "meg" else "eeg", m.sfreq, n_meg=m.n_chans)
-    except TypeError: info = make_info(m.modality, m.sfreq)
-    return info["chs"][:m.n_chans]
+    return make_info(m.modality, m.sfreq, n_meg=m.n_chans)["chs"][:m.n_chans]
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -122,17 +122,12 @@ def build(name, d):
     return braindecode_model(name.split(":")[1], **kw) if ":" in name else create_model(name, **kw)
 
 
-class Clock:
-    "CPU seconds of training; stops the loop at `limit`."
+class Clock(Callback):
+    "Stops the loop when training has taken `limit` CPU seconds."
     order = 90
-    def __new__(cls, limit):
-        from synapse_nb.train.loop import Callback
-        class Until(Callback):
-            order = 90
-            def __init__(self): self.limit, self.t0 = limit, None
-            def on_fit_start(self, run): self.t0 = time.process_time()
-            def on_epoch_end(self, run): run.stop = run.stop or time.process_time() - self.t0 > self.limit
-        return Until()
+    def __init__(self, limit): self.limit, self.t0 = limit, None
+    def on_fit_start(self, run): self.t0 = time.process_time()
+    def on_epoch_end(self, run): run.stop = run.stop or time.process_time() - self.t0 > self.limit
 
 
 def network(name, d, seed, cpu_s, lr=1e-3, batch=128, patience=12):
@@ -182,9 +177,9 @@ def encoding(d, seed):
 
 def flat(d):
     "Whitened sensors in 25 ms steps, as vectors: what linear decoders get."
-    from synapse_nb.models.encoding import _Whitener
+    from synapse_nb.models.encoding import Whitener
     a, b = _window(d)
-    w = _Whitener(80, round(.025 * d["sfreq"])).fit(d["X"][:, :, a:b])
+    w = Whitener(80, round(.025 * d["sfreq"])).fit(d["X"][:, :, a:b])
     return [np.concatenate([w(x[i:i + 500, :, a:b]).reshape(len(x[i:i + 500]), -1) for i in range(0, len(x), 500)]) for x in (d["X"], d["Xt"])]
 
 
@@ -259,12 +254,6 @@ def compare(ours, peer, draws=2000, seed=0):
     a, b = (np.array([value(c["rank"][c["shown"] == i]).mean() for i in range(200)]) for c in (ours, peer))
     i = np.random.default_rng(seed).integers(0, 200, (draws, 200))
     return float(s(a.mean()) / s(b.mean())), *map(float, np.quantile(s(a[i].mean(1)) / s(b[i].mean(1)), [.025, .975]))
-
-
-def wilson(k, n):
-    p, z = k / n, 1.96
-    m, h = (p + z * z / 2 / n) / (1 + z * z / n), z * np.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
-    return m - h, m + h
 
 
 def describe(name, c):

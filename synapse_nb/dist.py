@@ -238,7 +238,7 @@ def globalize_batchnorm(model: nn.Module) -> int:
             count += 1
     return count
 
-# %% ../nbs/02_dist.ipynb #adcdc9c1
+# %% ../nbs/02_dist.ipynb #279fa124
 def _stop(process: subprocess.Popen, grace_s: float = 20.0) -> None:
     "End a process and all its children: ask (SIGTERM), wait, insist (SIGKILL)."
     for sig, wait in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
@@ -269,6 +269,7 @@ def _reason(lines: list[str], tail: int = 30) -> str:
         return "\n".join([f"rank {m[2]} was killed by signal {m[1]}" + (" (the machine may have run out of memory)." if m[1] == "9" else "."), *last])
     return (all_of_them or ["\n".join(lines[-tail:])])[0]
 
+# %% ../nbs/02_dist.ipynb #314d28b0
 def run_ranks(args, nproc: int = 2, env: dict | None = None, on_line=print, timeout_s: float | None = None, max_restarts: int = 0) -> list[str]:
     """Run `python args…` (a script, or `-m module`) on `nproc` ranks of this machine under torchrun; returns all lines they printed.
 

@@ -15,7 +15,7 @@ from ..core import SynapseError
 from .base import Encoder, EncoderModel, Head, register
 from .layers import ChannelMerger, SpatialMix, SubjectLayer, TimeConv, channel_positions, layout2d
 
-# %% ../../nbs/models/48_brain.ipynb #82f9aa1c
+# %% ../../nbs/models/48_brain.ipynb #a99cdad2
 class BrainBlock(nn.Module):
     "Two residual dilated convolutions and a gated one: `(batch, d_in, n)` -> `(batch, d, n)`. `k` = number of the block, sets the dilations. Causal by a switch."
     def __init__(self, k: int, d_in: int, d: int, causal: bool = False, drop: float = 0.0):
@@ -56,6 +56,7 @@ class BrainEncoder(Encoder):
         for block in self.blocks: x = block(x)
         return self.out(x).transpose(1, 2)
 
+# %% ../../nbs/models/48_brain.ipynb #77c4e620
 @register("brain_module")
 class BrainModule(EncoderModel):
     "Brain module (doi:10.1038/s42256-023-00714-5): attention over the head, people, dilated convolutions; for thousands of trials and for image retrieval."

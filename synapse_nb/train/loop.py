@@ -70,7 +70,7 @@ class _Told(Dataset):
         many = getattr(self.ds, "__getitems__", None)
         return many(list(rows)) if many else [self.ds[i] for i in rows]
 
-# %% ../../nbs/train/28_loop.ipynb #022a22f4
+# %% ../../nbs/train/28_loop.ipynb #4b588cc2
 class Batches:
     """The batches of one epoch: the same for (seed, epoch_idx) in any process, this rank's share of each, from batch `start` on; only the first `limit` of an epoch, when set.
 
@@ -122,6 +122,7 @@ class Batches:
             with suppress(RuntimeError): hasattr(it, "_shutdown_workers") and it._shutdown_workers()        # torch says once more that a worker had died
         self._it = self._kept = None
 
+# %% ../../nbs/train/28_loop.ipynb #e9267041
 def rows_text(rows) -> str:
     "` (rows 3, 17, …)`: the first eight."
     return f" (rows {', '.join(str(int(i)) for i in rows[:8])}{', …' if len(rows) > 8 else ''})" if rows is not None and len(rows) else ""
@@ -403,7 +404,7 @@ def _leave(run: Run) -> None:
     run.call("on_interrupt")
     raise SystemExit(128 + run.leaving) if run.leaving == signal.SIGTERM else KeyboardInterrupt
 
-# %% ../../nbs/train/28_loop.ipynb #962b802f
+# %% ../../nbs/train/28_loop.ipynb #4b43be19
 def _names(run: Run) -> dict:
     "Parameter -> its name in the model."
     return {p: n for n, p in run.model.named_parameters()}
@@ -419,6 +420,7 @@ def run_state(run: Run) -> dict:
             "position": {k: getattr(run, k) for k in ("epoch_idx", "batch_idx", "global_step", "stop", "seed")} | {
                 "history": list(run.history), "sums": _ranks_sums(run.sums), "n_batches": len(run.train), "ranks": world_size()}}
 
+# %% ../../nbs/train/28_loop.ipynb #fbd8e616
 def _ranks_sums(sums: dict) -> list[dict]:
     "Every rank's own sums of the running epoch, in rank order, so that the means of a resumed epoch are exact."
     flat = reduce_sum({f"{r}/{k}": float(v) if r == rank() else 0.0 for r in range(world_size()) for k, v in sums.items()})

@@ -27,7 +27,7 @@ from ..studies.study import get_study
 from .callbacks import EMA, CSVLog, EarlyStopping, GradientWatch, LoaderWatch, Plateau, Profile, one_cycle, pick_loading, warmup_cosine
 from .loop import fit
 
-# %% ../../nbs/train/75_stages.ipynb #24ab971d
+# %% ../../nbs/train/75_stages.ipynb #4ac073bd
 class StudyConf(Config):
     "Whose data: a study by name, its folder, and who of it."
     name: str = "bids"
@@ -57,6 +57,7 @@ class WindowConf(Config):
     labels: str = "category"
     picks: str = ""
 
+# %% ../../nbs/train/75_stages.ipynb #741b98c2
 class TrainConf(Config):
     "How long and how fast. `batch_size` is global, over all ranks. `schedule`: half a cosine after a warm-up, one cycle, less on a plateau, or none. `ema`: decay of averaged weights (0: none)."
     n_epochs: int = 40
