@@ -8,9 +8,12 @@ import torch
 from synapse_nb.core import SynapseError, rng, set_seed
 from synapse_nb.models.base import EncoderModel, Head
 from synapse_nb.models.match import MatchModel, clip_loss, match_step
+from synapse_nb.models.zoo import create_model
 from synapse_nb.selfsup.losses import nt_xent
 from synapse_nb.selfsup.mae import MAE, MAEEncoder, evaluate_mae, load_mae, mae_step, save_mae
 from synapse_nb.selfsup.masking import WienerInterpolator, block_mask, expand_mask, interpolate, make_mask, masked_scores
+from synapse_nb.selfsup.probes import make_classifier, reset_copy
+from synapse_nb.selfsup.tfc import TFC
 
 
 @pytest.mark.parametrize("kind", ["random", "block"])
@@ -167,3 +170,22 @@ def test_repeats_are_no_negatives():
     assert p.grad.abs().max() < 1e-3
     with pytest.raises(SynapseError, match="out_dim"): clip_loss(p, e[:, :3])
     with pytest.raises(SynapseError, match="2 trials"): nt_xent(e[:1], e[:1])
+
+
+@pytest.mark.parametrize("make", [lambda: MAE(5, 48, 4, linear=True), lambda: TFC(5, 48, depth=1), lambda: create_model("conformer", 5, 48, 2, 100.)], ids=["mae", "tfc", "zoo"])
+def test_the_control_starts_as_a_new_network_would(make):
+    "Weight by weight what the constructor gives at that seed: torch's own defaults are another start than the autoencoder's."
+    set_seed(0); made = make().encoder
+    torch.manual_seed(7); fresh = make().encoder.state_dict()
+    with torch.no_grad(): [p.add_(1) for p in made.parameters()]                                    # "trained"
+    control = reset_copy(made, 7)
+    assert all(torch.equal(v, fresh[k]) for k, v in control.state_dict().items()) and control.training == made.training
+    scratch = make_classifier(made, 2, "scratch", seed=7).encoder.state_dict()
+    assert all(torch.equal(v, fresh[k]) for k, v in scratch.items())
+
+
+def test_an_encoder_that_nobody_can_make_anew_is_refused():
+    class Own(torch.nn.Module):
+        def __init__(self): super().__init__(); self.scale = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(SynapseError, match="Own.*make"): reset_copy(Own())
+    assert not torch.equal(reset_copy(layer := torch.nn.Linear(3, 3), 1).weight, layer.weight)

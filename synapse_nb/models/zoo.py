@@ -8,6 +8,7 @@ __all__ = ['MODEL_PAGES', 'list_models', 'model_options', 'create_model', 'creat
 # %% ../../nbs/models/49_zoo.ipynb #06799dfb
 import importlib
 import inspect
+from functools import partial
 
 from ..core import SynapseError, suggest
 from .base import REGISTRY, Encoder, EncoderModel
@@ -46,7 +47,9 @@ def create_model(name: str, n_chans: int, n_times: int, n_outputs: int, sfreq: f
     known = model_options(name)
     for o in options:
         if o not in known: raise SynapseError(f"Model {name!r} has no option {o!r}; it takes {', '.join(known)}.{suggest(o, known)}")
-    return REGISTRY[name](n_chans=n_chans, n_times=n_times, n_outputs=n_outputs, sfreq=sfreq, chs_info=chs_info, **options)
+    model = REGISTRY[name](n_chans=n_chans, n_times=n_times, n_outputs=n_outputs, sfreq=sfreq, chs_info=chs_info, **options)
+    model.encoder.make = partial(create_encoder, name, n_chans, n_times, sfreq, chs_info, **options)                # the same anew: a control for pre-training
+    return model
 
 def create_encoder(name: str, n_chans: int, n_times: int, sfreq: float | None = None, chs_info: list | None = None, **options) -> Encoder:
     "The encoder of `create_model`, without a head: `(batch, n_chans, n_times)` -> `(batch, n_tokens, d_model)`, for fusion, matching and pre-training."

@@ -8,6 +8,7 @@ __all__ = ['PRESETS', 'Block', 'sincos', 'MAEEncoder', 'LinearFill', 'MAE', 'mae
 
 # %% ../../nbs/selfsup/62_mae.ipynb #8447fef1
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,8 @@ class LinearFill(nn.Module):
         return torch.where(expand_mask(mask, self.patch, t)[:, None], filled.to(x.dtype), x)
 
 # %% ../../nbs/selfsup/62_mae.ipynb #88b25df0
+def _new_encoder(model, **config): return model(**config).encoder
+
 class MAE(nn.Module):
     """Masked autoencoder for multichannel windows `(batch, n_chans, n_times)`.
 
@@ -131,6 +134,7 @@ class MAE(nn.Module):
             if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
         self.linear = LinearFill(n_chans, n_times, patch) if linear else None
         with torch.no_grad(): self.out.weight.mul_(0.0 if linear else out_init)
+        self.encoder.make = partial(_new_encoder, type(self), **self.config)
 
     def fit_linear(self, X):
         "Fit the linear part on training windows `X` `(n, n_chans, n_times)`; a few hundred are enough. Nothing to do without `linear=True`."

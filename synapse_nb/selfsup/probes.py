@@ -29,14 +29,16 @@ def encode(encoder, X, pool: str = "mean", batch_size: int = 256, device="cpu") 
     return np.concatenate(out)
 
 def reset_copy(encoder, seed: int = 0):
-    "The same architecture with fresh random weights: the control for everything pre-training claims. Layers without `reset_parameters` get normal noise of their own size."
-    new = copy.deepcopy(encoder)
+    """The same architecture with the first weights it would have got after `torch.manual_seed(seed)`: the control for everything pre-training claims.
+
+    Encoders of `MAE`, `TFC` and `create_model` know how they were made (`encoder.make`); others are reset layer by layer. Raises `SynapseError` when neither is possible."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if hasattr(encoder, "make"): return encoder.make().to(next(encoder.parameters()).device).train(encoder.training)
+        new = copy.deepcopy(encoder)
         for m in new.modules():
             if hasattr(m, "reset_parameters"): m.reset_parameters()
-            else:
-                for p in m.parameters(recurse=False): nn.init.normal_(p, std=0.02)
+            elif next(m.parameters(recurse=False), None) is not None: raise SynapseError(f"{type(m).__name__} has weights of its own and no reset_parameters(); set encoder.make to a function without arguments that builds the encoder.")
     return new
 
 # %% ../../nbs/selfsup/66_probes.ipynb #520b3e8e

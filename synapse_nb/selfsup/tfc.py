@@ -6,6 +6,8 @@
 __all__ = ['time_augment', 'spectrum', 'freq_augment', 'TFCEncoder', 'TFC', 'tfc_step']
 
 # %% ../../nbs/selfsup/63_tfc.ipynb #32a29cf0
+from functools import partial
+
 import torch
 import torch.nn as nn
 
@@ -71,6 +73,7 @@ class TFC(nn.Module):
         super().__init__()
         if kind not in ("paper", "code"): raise SynapseError(f"kind={kind!r}: choose paper or code.")
         self.encoder = TFCEncoder(n_chans, n_times, **sizes)
+        self.encoder.make = partial(TFCEncoder, n_chans, n_times, **sizes)
         d = self.encoder.d_model
         self.to_t, self.to_f = _projector(d, out), _projector(d, out)
         self.kind, self.lam, self.temperature, self.margin, self.augment = kind, lam, temperature, margin, augment or {}
