@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import config_id
 from ..core import SynapseError, read_json
+from ..evaluate.baselines import list_baselines
 from ..evaluate.report import Report, plot_losses
 from ..studies.simulate import load_truth
 from ..train.decoding import DecodeConf, Decoded, decode_scores
@@ -66,7 +67,7 @@ def load_drawn(folder, kind: str) -> Drawn:
 def _headlines(report: Report, decoded, matched, drawn) -> None:
     "The cards at the top: category for each modality, retrieval, and drawings."
     pick = lambda scores, **want: next(s for s in scores if all(getattr(s, k) == v for k, v in want.items()))
-    net = next(s.model.split(" (")[0] for s in decoded if not s.model.startswith("lda"))
+    net = next(m for s in decoded if (m := s.model.split(" (")[0]) not in list_baselines())
     for m in ("meg", "eeg", "fused"): report.headline(pick(decoded, model=f"{net} ({m})", subject="all" if any(s.subject == "all" for s in decoded) else "01", split="test"), f"category, one trial, {m.upper() if m != 'fused' else 'MEG + EEG'}")
     fused = [s for s in matched if s.protocol.unit != "single"]
     report.headline(pick(fused, metric="top_5", model="ridge (meg+eeg)"), "right picture among the first five")

@@ -46,7 +46,7 @@ def _part(path: Path, root: Path, what: str) -> str | None:
 class MuseStudy(Study):
     """The eeg-notebooks experiments recorded with a Muse. `get_study("n170" | "p300" | "left_right" | "ssvep", root)`.
 
-    `codes` replaces the experiment's {marker: category}; `images` is the folder of its pictures; `keep_aux` keeps the socket `Right AUX`; `session` picks one session.
+    `codes` replaces the experiment's {marker: category}; `images` is the folder of its pictures; `keep_aux` keeps the socket `Right AUX` as one electrode more; `session` picks one session.
     A file with one single marker is refused by `read_events` (`SynapseError`)."""
 
     def __init__(self, root, codes: dict | None = None, images=None, keep_aux: bool = False, session: str | None = None):
@@ -70,7 +70,7 @@ class MuseStudy(Study):
 
     def read_raw(self, rec: Recording):
         raw = read_raw(rec.path); aux = [c for c, t in zip(raw.ch_names, raw.get_channel_types()) if t == "misc"]
-        return raw if self.keep_aux or not aux else raw.drop_channels(aux)
+        return raw if not aux else raw.set_channel_types(dict.fromkeys(aux, "eeg"), verbose="error") if self.keep_aux else raw.drop_channels(aux)
 
     def read_events(self, rec: Recording) -> pd.DataFrame:
         codes = {str(k): v for k, v in (self.codes or self.experiment.codes).items()}
