@@ -6,10 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import mne
+import numpy as np
 import pytest
 import synapse_nb
 from synapse_nb.core import SynapseError
-from synapse_nb.studies.simulate import simulate_study
+from synapse_nb.studies.simulate import make_info, simulate_study
 from synapse_nb.train.experiments import expand, load_plan, run_plan
 from synapse_nb.train.recipes import load_recipe
 from synapse_nb.train.tune import as_overrides, load_space, need_ray, run_trial, search
@@ -113,3 +115,59 @@ def test_a_grid_that_is_killed_goes_on(study):
     assert table["state"].tolist() == ["finished"] * 4 + ["too few"] and "5000 training trials" in table["why"].iloc[-1]
     assert all(f.stat().st_mtime_ns == t for f, t in before.items())
     assert (study / "grid/grid/report.html").exists() and "too few" in (study / "grid/grid/table.tsv").read_text()
+
+
+SLURM = {"sbatch": '''echo "$*" >> "$FAKE/sbatch.txt"; for a in "$@"; do case $a in --job-name=*) name=${a#--job-name=};; esac; done
+while [[ $1 == --* ]]; do shift; done
+id=$(wc -l < "$FAKE/sbatch.txt"); echo $id
+[ -e "$FAKE/busy" ] && { echo "$name" >> "$FAKE/queue.txt"; exit 0; }
+SLURM_JOB_ID=$id SLURM_JOB_NODELIST=here SLURM_JOB_NUM_NODES=1 bash "$@" > "$FAKE/job-$id.txt" 2>&1 || true''',
+         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"', "scontrol": "echo 127.0.0.1", "squeue": 'cat "$FAKE/queue.txt" 2>/dev/null; true'}
+
+
+def test_under_slurm_each_cell_is_a_job_that_ends_in_the_same_table(study, tmp_path, monkeypatch):
+    "A queue made of four shell scripts runs what `scripts/train.slurm` says. A full cluster first: what waits there is not queued twice."
+    for name, text in SLURM.items(): (tmp_path / name).write_text("#!/usr/bin/env bash\n" + text + "\n"); (tmp_path / name).chmod(0o755)
+    for k, v in {**ENV, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "PYTHON": sys.executable}.items(): monkeypatch.setenv(k, v)
+    (study / "slurm.toml").write_text('name = "queue"\nrecipe = "decode.toml"\nmeasure = "linear (eeg) balanced_accuracy"\n[axes.trials]\n24 = ["split.n_train=24"]\n5000 = ["split.n_train=5000"]\n')
+    go = lambda: run_plan(study / "slurm.toml", study / "slurm", "slurm", script=ROOT / "scripts/train.slurm")["state"].tolist()
+    jobs = lambda: (tmp_path / "sbatch.txt").read_text().splitlines()
+    (tmp_path / "busy").touch()
+    waiting = go(); assert len(jobs()) == 2 and not {"finished", "too few"} & set(waiting)
+    assert go() == waiting and len(jobs()) == 2
+    (tmp_path / "busy").unlink(); (tmp_path / "queue.txt").unlink()
+    assert go() == ["finished", "too few"] and len(jobs()) == 4, (tmp_path / "job-3.txt").read_text()
+    assert go() == ["finished", "too few"] and len(jobs()) == 4
+    here = run_plan(study / "slurm.toml", study / "slurm_here")
+    assert here["linear (eeg) balanced_accuracy"][0] == run_plan(study / "slurm.toml", study / "slurm")["linear (eeg) balanced_accuracy"][0]
+
+
+def write_listening(root, seconds=40, n_meg=60):
+    "A person who listened, under another helmet whose sensors have other names; a 3 Hz rhythm that nobody else has."
+    info = make_info("meg", 500., n_meg=n_meg); mne.rename_channels(info, {c: f"MEG{i:04d}" for i, c in enumerate(info["ch_names"])})
+    x = np.random.default_rng(0).normal(0, 1e-13, (len(info["ch_names"]), (seconds + 4) * 500)) + 3e-13 * np.sin(2 * np.pi * 3 * np.arange((seconds + 4) * 500) / 500)
+    (root / "sub-09/meg").mkdir(parents=True); (root / "dataset_description.json").write_text('{"Name": "listening", "BIDSVersion": "1.6.0"}')
+    mne.io.RawArray(x, info, verbose="ERROR").save(root / "sub-09/meg/sub-09_task-RDR_run-1_meg.fif", verbose="ERROR")
+    (root / "sub-09/meg/sub-09_task-RDR_run-1_events.tsv").write_text(f"onset\tduration\ttrial_type\tvalue\tsample\n2.0\t0\tBeginning\t1\t1000\n{2 + seconds}.0\t0\tEnd\t1\t{(2 + seconds) * 500}\n")
+
+
+def test_foreign_recordings_really_enter_pre_training(study, monkeypatch):
+    "Half of the windows come from the person who listened; what is tested stays the same; what cannot be had is marked."
+    import synapse_nb.train.matching as matching
+    write_listening(study / "data/stories")
+    (study / "pretrain.toml").write_text(f'kind = "pretrain"\n[study]\nroot = "{study}/study"\nmodalities = ["meg"]\n[train]\nn_epochs = 2\ndevice = "cpu"\n')
+    (study / "mix.toml").write_text('name = "mix"\nrecipe = "pretrain.toml"\n[axes.foreign]\nno = []\n' f"yes = ['foreign=[{{name=\"stories\", root=\"{study}/data/stories\", modalities=[\"meg\"]}}]']\n" '[axes.trials]\n24 = ["n_train=24"]\n200 = ["n_train=200"]\n')
+    seen, whole = [], matching.train_model
+
+    def spy(model, step, train, val, *a, **k):
+        seen.append([(v.windows.events["trial_type"].eq("foreign").sum(), len(v), v.windows.ch_names) for v in train.views]); return whole(model, step, train, val, *a, **k)
+    monkeypatch.setattr(matching, "train_model", spy)
+    table = run_plan(study / "mix.toml", study / "mix")
+    assert table.set_index(["foreign", "trials"])["state"].to_dict() == {("no", "24"): "finished", ("no", "200"): "too few", ("yes", "24"): "finished", ("yes", "200"): "too few"}
+    assert "200 training trials" in table["why"][1] and "100 training trials" in table["why"][3]
+    (own,), mixed = seen
+    assert own[:2] == (0, 24) and [v[:2] for v in mixed] == [(0, 12), (12, 12)]                        # half and half, under the same total
+    assert mixed[0][2] == own[2] and len(mixed[1][2]) == len(own[2]) and set(mixed[1][2]) <= {f"MEG{i:04d}" for i in range(60)}
+    done = table.set_index(["foreign", "trials"])
+    assert done.loc[("no", "24"), "meg wiener r2"] != done.loc[("yes", "24"), "meg wiener r2"] and done["meg n_train"].dropna().tolist() == [24, 24]
+    assert done.loc[("no", "24"), "meg best interpolation r2"] == pytest.approx(done.loc[("yes", "24"), "meg best interpolation r2"], abs=0.05)

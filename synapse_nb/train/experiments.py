@@ -98,11 +98,18 @@ def run_cell(cell: Cell) -> str:
 def _here(todo: list[Cell], options: dict) -> None:
     for i, cell in enumerate(todo): print(f"[{i + 1}/{len(todo)}] {cell.conf.name} …", flush=True); print(f"    {run_cell(cell)}", flush=True)
 
+def _queued() -> set[str]:
+    "Names of this user's jobs that wait or run; a job is called as its cell's folder."
+    try: return set(subprocess.run(["squeue", "--me", "-h", "-o", "%j"], capture_output=True, text=True).stdout.split())
+    except FileNotFoundError: return set()
+
 def _slurm(todo: list[Cell], options: dict) -> None:
-    "One job a cell; `train.slurm` queues itself again when it is told to leave."
+    "One job a cell that is not queued yet; `train.slurm` queues itself again when it is told to leave."
+    queued = _queued()
     for cell in todo:
+        if cell.run.path.name in queued: print(f"queued already: {cell.run.path.name}", flush=True); continue
         recipe = write_text(cell.run.path.parent/"cells"/f"{cell.run.path.name}.toml", to_toml(cell.conf))
-        cmd = ["sbatch", "--parsable", f"--job-name={cell.conf.name[:60]}", str(options["script"]), "--out", str(cell.run.path.parent.absolute())]
+        cmd = ["sbatch", "--parsable", f"--job-name={cell.run.path.name}", str(options["script"]), "--out", str(cell.run.path.parent.absolute())]
         try: done = subprocess.run(cmd, env={**os.environ, "CONFIG": str(recipe.absolute())}, capture_output=True, text=True)
         except FileNotFoundError: raise SynapseError("There is no sbatch here; run the plan on a machine that submits to Slurm, or with --where here.") from None
         if done.returncode: raise SynapseError(f"Slurm refused {recipe}: {done.stderr.strip()}")

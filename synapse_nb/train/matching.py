@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ClipConf', 'train_clip', 'fit_low', 'embed_pictures', 'PretrainConf', 'person_sides', 'subjects_of', 'Chain',
-           'foreign_views', 'pretrain', 'MatchConf', 'picture_vectors', 'CategoryRidge', 'match_network', 'match',
-           'fuse', 'match_protocol', 'match_scores']
+           'stand_ins', 'foreign_views', 'pretrain', 'MatchConf', 'picture_vectors', 'CategoryRidge', 'match_network',
+           'match', 'fuse', 'match_protocol', 'match_scores']
 
 # %% ../../nbs/train/77_matching.ipynb #d9df6c2d
 from pathlib import Path
@@ -122,13 +122,33 @@ class Chain(torch.utils.data.Dataset):
             for j, x in zip(at, self.views[k].__getitems__((rows[at] - start[k]).tolist())["x"]): out[j] = x
         return {"x": torch.stack(out)}
 
-# %% ../../nbs/train/77_matching.ipynb #f077cd45
-def foreign_views(prepared: Prepared, modality: str, ch_names: list[str], conf: PretrainConf, n: int | None) -> list[View]:
-    "All windows (or `n` of each person, at random) of another study on the same channels, each person scaled by itself."
+# %% ../../nbs/train/77_matching.ipynb #516e2f44
+def stand_ins(store, like, names: list[str], limit: float = 30.) -> list[str]:
+    """For each channel in `names` of the store `like`, the channel of `store` that stands for it: the same name where all names are there, else the one of its type nearest in direction, seen from the helmet's middle.
+
+    One channel may stand for two. Raises `SynapseError` where places are unknown or the nearest is more than `limit` degrees away."""
+    if set(names) <= set(store.ch_names): return list(names)
+    def directions(s, kind):
+        at = [i for i, t in enumerate(s.ch_types) if t == kind and np.isfinite(s.ch_pos[i]).all() and s.ch_pos[i].any()]
+        if not at: raise SynapseError(f"{s.path.name} has no {kind} channels with known places; by their names alone its channels cannot stand for those of another helmet.")
+        u = s.ch_pos[at] - (s.ch_pos[at].max(0) + s.ch_pos[at].min(0)) / 2
+        return [s.ch_names[i] for i in at], u / np.linalg.norm(u, axis=1, keepdims=True)
+    out, kinds = [], dict(zip(like.ch_names, like.ch_types))
+    for name in names:
+        ours, u = directions(like, kinds[name]); theirs, v = directions(store, kinds[name])
+        if name not in ours: raise SynapseError(f"The place of '{name}' is not known in {like.path.name}; leave it out (window.picks), or leave the foreign study out.")
+        near = v @ u[ours.index(name)]; far = np.degrees(np.arccos(np.clip(near.max(), -1, 1)))
+        if far > limit: raise SynapseError(f"{store.path.name}: its channel nearest to '{name}' of {like.path.name} is {far:.0f}° away (at most {limit:g}°); leave this study out, or pick a region that both cover.")
+        out.append(theirs[int(near.argmax())])
+    return out
+
+# %% ../../nbs/train/77_matching.ipynb #af305116
+def foreign_views(prepared: Prepared, modality: str, like: View, conf: PretrainConf, n: int | None) -> list[View]:
+    "All windows (or `n` of each person, at random) of another study on the channels of `like` (see `stand_ins`), each person scaled by itself."
     out = []
     for subject in subjects_of(prepared, modality):
         stores = [s for s in prepared.stores[modality] if s.meta["subject"] == subject]
-        w = Windows(stores, None, conf.window.tmin, conf.window.tmax, conf.window.steps, labels=None, picks=ch_names)
+        w = Windows(stores, None, conf.window.tmin, conf.window.tmax, conf.window.steps, labels=None, picks=stand_ins(stores[0], like.stores[0], like.ch_names))
         if n is not None and n > len(w): raise TooFewTrials(f"n_train asks for {n} windows of the foreign study {prepared.study.root} sub-{subject}, but there are {len(w)} ({modality}).")
         ids = np.asarray(w.events["trial_id"])
         w = w.subset(list(ids[np.sort(rng(conf.seed, "foreign").permutation(len(ids))[:n])])) if n is not None else w
@@ -145,7 +165,7 @@ def pretrain(prepared: Prepared, conf: PretrainConf, folder, foreign=()) -> dict
         limited = conf if each is None else conf.model_copy(update={"split": conf.split.model_copy(update={"n_train": each})})
         people = [person_sides(prepared, s, modality, limited)[0] for s in who]
         sides = {s: Chain([p[s] for p in people]) for s in ("train", "val", "test")}
-        others = [v for f in foreign for v in foreign_views(f, modality, list(people[0]["train"].ch_names), conf, each)]
+        others = [v for f in foreign for v in foreign_views(f, modality, people[0]["train"], conf, each)]
         if others: sides["train"] = Chain([p["train"] for p in people] + others)
         first = people[0]["train"]
         set_seed(conf.seed)
