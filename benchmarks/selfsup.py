@@ -1,13 +1,13 @@
 """What learning without labels costs, and what it is worth: speed of the masked autoencoder, masked R2 against interpolation, probes and matching after pre-training against the same net from scratch.
 
-    python benchmarks/selfsup.py [--quick] [--only repeat ranks speed bf16 probes matching masked scaled gpu] [--out FOLDER] [--fresh]
+    python benchmarks/selfsup.py [--quick] [--only repeat ranks speed bf16 probes heldout matching masked scaled gpu] [--out FOLDER] [--fresh]
 
 1. speed: CPU time of one thread, forward + backward, `paper` preset, 262 tokens, batch 4. ABBA pairs, bootstrap interval of the median ratio; judged by the interval's bad end.
 2. masked: windows of a simulated film (22 posterior MEG sensors x 208 samples at 1000 Hz, 2-120 Hz), three quarters hidden in blocks of 16 ms or more; the network alone, and with the linear answer inside
    (`linear=True`), against every polynomial and the Wiener interpolator on the same hidden samples of the same sensors. Intervals: bootstrap over test windows (one training run).
 3. probes: per seed one simulated person (preset `easy`, 40 posterior MEG sensors x 60 samples), 20,000 windows without labels, then 200 labels of 4 categories; linear probe of the frozen encoder against the same net
    trained from scratch with the same labels (its best epoch by validation). Means over 3 seeds and 3 draws of labels, tested on pictures of unseen concepts; interval: bootstrap over
-   people and draws. `scaled`: the same on channels that are scaled but not whitened, printed only.
+   people and draws. `scaled`: the same on channels that are scaled but not whitened; `heldout`: pre-trained on four people, asked about a fifth. Both are printed only.
 4. matching: the same encoders trained on to match picture features with 1,000 labelled trials, 200-way on unseen pictures, with and without pre-training. Paired difference; interval over pictures and seeds.
 5. repeat: the same seed twice, bit by bit. ranks: contrastive losses over two ranks against one. gpu: samples/s of the `paper` preset (printed, skipped without one).
 
@@ -80,9 +80,12 @@ def pictures(m, key, n, n_categories=4, repeats=1):
     return X, z[shown].astype(np.float32), np.searchsorted(np.unique(table.category), table.category)[shown]
 
 
-def study(seed, n, white=True):
-    "A person's windows by role (`train`, `val`, `test`, `match`: 200 pictures four times), whitened by what training windows say, or only scaled channel by channel."
-    m = person("easy", seed, 40, subject_sd=0.); d = {k: pictures(m, k, k_n, repeats=r) for k, k_n, r in (("train", n, 1), ("val", 600, 1), ("test", 1500, 1), ("match", 200, 4))}
+ROLES = (("train", None, 1), ("val", 600, 1), ("test", 1500, 1), ("match", 200, 4))
+
+
+def study(seed, n, white=True, subject="sub-01", roles=ROLES):
+    "A person's windows by role (`train`, `val`, `test`, `match`: 200 pictures four times), whitened by what training windows say, or only scaled channel by channel. People of one seed share the sensors and part of what pictures evoke."
+    m = person("easy", seed, 40, subject_sd=0., subject=subject); d = {k: pictures(m, k if subject == "sub-01" else f"{k} {subject}", k_n or n, repeats=r) for k, k_n, r in roles}
     X = d["train"][0]; mean = X.mean((0, 2), keepdims=True); v, u = np.linalg.eigh(np.cov((X[:4000] - mean).transpose(1, 0, 2).reshape(m.n_chans, -1))); w = (u / np.sqrt(v + 1e-2 * v.mean())) @ u.T if white else np.diag(1 / X.std((0, 2)))
     return {k: (np.einsum("dc,nct->ndt", w, x - mean, optimize=True).clip(-8, 8).astype(np.float32), z, y) for k, (x, z, y) in d.items()}
 
@@ -198,12 +201,12 @@ def make(kind): return MAE(40, 60, 4, mask="block", mask_ratio=.5, min_len=2, li
 STEPS = {"mae": (900, 3e-3), "mae+linear": (300, 2e-3), "tfc": (300, 1e-3), "mae, scaled": (900, 3e-3)}
 
 
-def pretrained(kind, seed, d, quick, out):
-    "An encoder trained on the person's windows without labels; kept in `out`, so that an interrupted run goes on."
-    steps, lr = STEPS[kind]; steps = steps // 6 if quick else steps; file = out / f"{kind}-{seed}-{steps}-{len(d['train'][0])}.pt"; set_seed(seed); m = make(kind)
-    if hasattr(m, "fit_linear"): m.fit_linear(d["train"][0][:500])
+def pretrained(kind, seed, X, quick, out, who=""):
+    "An encoder trained on windows without labels; kept in `out`, so that an interrupted run goes on."
+    steps, lr = STEPS[kind]; steps = steps // 6 if quick else steps; file = out / f"{kind}-{seed}{who}-{steps}-{len(X)}.pt"; set_seed(seed); m = make(kind)
+    if hasattr(m, "fit_linear"): m.fit_linear(X[:500])
     if file.exists(): m.load_state_dict(torch.load(file, weights_only=True)); return m.encoder
-    train(m, mae_step if kind != "tfc" else tfc_step, d["train"][0], steps, lr); torch.save(m.state_dict(), file); return m.encoder
+    train(m, mae_step if kind != "tfc" else tfc_step, X, steps, lr); torch.save(m.state_dict(), file); return m.encoder
 
 
 def fresh(kind, seed): set_seed(1000 + seed); return make(kind).encoder
@@ -226,10 +229,10 @@ def from_scratch(encoder, d, rows, epochs, seed):
 def recall(hit, y): return float(np.mean([hit[y == c].mean() for c in np.unique(y)]))
 
 
-def probe_scores(kind, seed, d, draws, epochs, quick, out):
-    "Balanced accuracies of one person: the probe after pre-training and on random weights, the net from scratch, and a probe of the windows themselves; one for each draw of 200 labels."
+def probe_scores(kind, seed, d, draws, epochs, encoder):
+    "Balanced accuracies of one person: the probe of the pre-trained `encoder` and on random weights, the net from scratch, and a probe of the windows themselves; one for each draw of 200 labels."
     y, yt, pool = d["train"][2][:4000], d["test"][2], d["train"][0][:4000]; labels = [draw_labels(y, 200, s) for s in draws]; flat = lambda a: a.reshape(len(a), -1); r = {}
-    features = {"pre-trained": lambda a, e=pretrained(kind, seed, d, quick, out): encode(e, a, "flatten"), "random": lambda a, e=fresh(kind, seed): encode(e, a, "flatten"), "raw": flat}
+    features = {"pre-trained": lambda a, e=encoder: encode(e, a, "flatten"), "random": lambda a, e=fresh(kind, seed): encode(e, a, "flatten"), "raw": flat}
     for name, f in features.items(): A, B = f(pool), f(d["test"][0]); r[name] = [linear_probe(A[i], y[i], B, yt) for i in labels]
     r["scratch"] = [recall(from_scratch(fresh(kind, seed), d, i, epochs, s) == yt, yt) for s, i in zip(draws, labels)]
     return r
@@ -240,15 +243,35 @@ def probes(quick, out, kinds=("mae", "tfc", "mae+linear"), judged=("mae", "tfc")
     for seed in seeds:
         files = {k: out / f"probe-{k}-{seed}-{n}.json" for k in kinds}; d = study(seed, n, white) if any(not f.exists() for f in files.values()) else None
         for kind, file in files.items():
-            if not file.exists(): file.write_text(json.dumps(probe_scores(kind, seed, d, draws, epochs, quick, out)))
+            if not file.exists(): file.write_text(json.dumps(probe_scores(kind, seed, d, draws, epochs, pretrained(kind, seed, d["train"][0], quick, out))))
             got[kind, seed] = json.loads(file.read_text()); print(f"--   {kind}, person {seed}: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in got[kind, seed].items()), flush=True)
-    for kind in kinds:
-        S = {k: np.array([got[kind, s][k] for s in seeds]) - 1 / 4 for k in ("pre-trained", "scratch", "random", "raw")}; a, b = S["pre-trained"], S["scratch"]; r, g, boot = a.mean() / b.mean(), np.random.default_rng(0), []
-        for _ in range(2000):                                                        # people, then draws of labels (the same for both sides)
-            i = g.integers(0, len(a), len(a)); j = g.integers(0, a.shape[1], (len(a), a.shape[1])); boot.append(np.take_along_axis(a[i], j, 1).mean() / max(1e-3, np.take_along_axis(b[i], j, 1).mean()))
-        low, high = np.quantile(boot, [.025, .975]); bar = ">= 1.3" if kind in judged else None
-        yield row(f"probe, 200 labels after {n} unlabelled windows, {kind}: above chance, of the net from scratch", a.mean(), b.mean(), r, [low, high], bar, r >= 1.3 if bar else None,
-                  f"{100 * a.mean():.1f} / {100 * b.mean():.1f} points above chance (25 %) = {r:.2f} [{low:.2f}, {high:.2f}], persons {', '.join(f'{v:.2f}' for v in a.mean(1) / b.mean(1))}; random frozen {100 * S['random'].mean():.1f}, no network {100 * S['raw'].mean():.1f}")
+    for kind in kinds: yield above_scratch(f"probe, 200 labels after {n} unlabelled windows, {kind}: above chance, of the net from scratch", [got[kind, s] for s in seeds], 1.3 if kind in judged else None)
+
+
+def above_scratch(what, got, bar):
+    "Row of the probe's accuracy above chance, as a part of the net's from scratch; the interval is a bootstrap over people, then over draws of labels (the same for both sides)."
+    S = {k: np.array([p[k] for p in got]) - 1 / 4 for k in ("pre-trained", "scratch", "random", "raw")}; a, b = S["pre-trained"], S["scratch"]; g = np.random.default_rng(0); i = [g.integers(0, len(a), len(a)) for _ in range(2000)]
+
+    def ratio(b):
+        boot = []
+        for rows in i:
+            j = g.integers(0, a.shape[1], (len(a), a.shape[1])); boot.append(np.take_along_axis(a[rows], j, 1).mean() / max(1e-3, np.take_along_axis(b[rows], j, 1).mean()))
+        return a.mean() / b.mean(), *np.quantile(boot, [.025, .975])
+    (r, low, high), (q, q_low, q_high) = ratio(b), ratio(S["random"])
+    return row(what, a.mean(), b.mean(), r, [low, high], None if bar is None else f">= {bar}", None if bar is None else r >= bar,
+               f"{100 * a.mean():.1f} / {100 * b.mean():.1f} points above chance (25 %) = {r:.2f} [{low:.2f}, {high:.2f}], persons {', '.join(f'{v:.2f}' for v in a.mean(1) / b.mean(1))}; of a random frozen net's {100 * S['random'].mean():.1f}: {q:.2f} [{q_low:.2f}, {q_high:.2f}]; no network {100 * S['raw'].mean():.1f}")
+
+
+def heldout(quick, out, kinds=("mae", "tfc")):
+    "Pre-trained on four people, asked about a fifth whose windows it never saw: a study (seed) each time. Every person is whitened by that person's training windows. Not judged."
+    n, seeds, draws, epochs = (1000, (0,), (0,), 20) if quick else (5000, (0, 1, 2), (0, 1, 2), 30); got = {}
+    for seed in seeds:
+        files = {k: out / f"heldout-{k}-{seed}-{n}.json" for k in kinds}
+        if any(not f.exists() for f in files.values()): X, d = np.concatenate([study(seed, n, subject=f"sub-0{k}", roles=ROLES[:1])["train"][0] for k in (1, 2, 3, 4)]), study(seed, 4000, subject="sub-05", roles=ROLES[:3])
+        for kind, file in files.items():
+            if not file.exists(): file.write_text(json.dumps(probe_scores(kind, seed, d, draws, epochs, pretrained(kind, seed, X, quick, out, "-others"))))
+            got[kind, seed] = json.loads(file.read_text()); print(f"--   {kind}, held-out person of study {seed}: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in got[kind, seed].items()), flush=True)
+    for kind in kinds: yield above_scratch(f"probe of a person held out of pre-training, 200 labels after 4 x {n} windows of other people, {kind}: above chance, of the net from scratch", [got[kind, s] for s in seeds], None)
 
 
 def scaled(quick, out):
@@ -259,7 +282,7 @@ def scaled(quick, out):
 def match_hits(seed, d, steps, quick, out):
     "Top-1 and top-5 hits of 200 pictures, mean over four showings: (with and without pre-training, top-1 and top-5, 200)."
     X, z, _ = (v[:1000] for v in d["train"]); X_test, z_test, _ = d["match"]; z_mean = d["train"][1].mean(0); t = z_test[:200] - z_mean; t = t / np.linalg.norm(t, axis=1, keepdims=True); hits = []
-    for e in (pretrained("mae", seed, d, quick, out), fresh("mae", seed)):
+    for e in (pretrained("mae", seed, d["train"][0], quick, out), fresh("mae", seed)):
         torch.manual_seed(seed); m = MatchModel(e, 64, hidden=128, dropout=.3); train(m, match_step, X, steps, 1e-3, 100, target=z - z_mean)
         with torch.inference_mode(): p = F.normalize(m.eval()(torch.from_numpy(X_test)), dim=1).numpy()
         hits.append([np.asarray(top_k_hits(p @ t.T, np.tile(np.arange(200), 4), k), float).reshape(4, 200).mean(0).tolist() for k in (1, 5)])
@@ -312,9 +335,9 @@ def gpu(quick, out):
     torch.cuda.synchronize(); s = 640 / (time.time() - t); yield row("paper preset on the GPU, bf16, samples/s", s, None, None, None, None, None, f"{s:.0f} windows of 22 x 1044 a second")
 
 
-PARTS = dict(repeat=repeat, ranks=ranks, speed=speed, bf16=bf16_curve, probes=probes, matching=matching, masked=masked, scaled=scaled, gpu=gpu)
+PARTS = dict(repeat=repeat, ranks=ranks, speed=speed, bf16=bf16_curve, probes=probes, heldout=heldout, matching=matching, masked=masked, scaled=scaled, gpu=gpu)
 
-LEARNT = ("probes", "matching", "masked", "scaled")          # with --quick too little is trained for their bars to mean anything
+LEARNT = ("probes", "heldout", "matching", "masked", "scaled")          # with --quick too little is trained for their bars to mean anything
 
 
 def main():

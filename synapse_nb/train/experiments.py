@@ -191,7 +191,8 @@ def plot_scaling(table: pd.DataFrame, x: str, measure: str, axes) -> tuple:
         m = np.geomspace(n.min(), n.max(), 60)
         ax.plot(m, fitted["curve"](m), color=color, lw=1); ax.fill_between(m, *fitted["band"](m), color=color, alpha=0.12, lw=0)
         laws.append({**law, **{k: f"{fitted[k][0]:.3g} [{fitted[k][1]:.3g}, {fitted[k][2]:.3g}]" for k in "abc"}})
-    ax.set_xscale("log"); ax.set(xlabel=f"{x}", ylabel=measure); ax.legend(fontsize=6, ncol=2 if len(groups) > 6 else 1)
+    at = np.unique(done[x].astype(float)); ax.set_xscale("log"); ax.set_xticks(at, [f"{v:g}" for v in at]); ax.minorticks_off()
+    ax.set(xlabel=x, ylabel=measure); ax.legend(fontsize=6, ncol=2 if len(groups) > 6 else 1)
     return fig, pd.DataFrame(laws)
 
 def write_plan(plan: PlanConf, table: pd.DataFrame, folder: Path) -> None:
