@@ -173,13 +173,13 @@ def make_baseline(name: str, **kw):
     if name not in _BASELINES: raise SynapseError(f"There is no baseline '{name}'; there are {', '.join(_BASELINES)}.{suggest(name, _BASELINES)}")
     return _BASELINES[name](**kw)
 
-# %% ../../nbs/evaluate/32_baselines.ipynb #673efbc3
+# %% ../../nbs/evaluate/32_baselines.ipynb #ce2897a9
 def default_grid(name: str, shape=None, n_classes: int = 2) -> dict:
     "A small grid for nested cross-validation of the baseline `name` (parameters of its pipeline). `shape` (n_channels, n_times) of a trial keeps flattened trials below 1,500 numbers."
     if shape is None: bins = [1, 4, 8]
     else: bins = [b for b in (1, 2, 4, 8, 16) if shape[0] * (shape[1] // b) <= 1500 and shape[1] >= b][:3] or [min(16, shape[1])]
     return {"lda": {"flatten__bin": bins}, "ridge_classifier": {"flatten__bin": bins}, "logistic": {"logisticregression__C": [1e-3, 1e-2, 1e-1]},
-            "xdawn_tangent": {"xdawncovariances__nfilter": [1, 2, 4] if n_classes == 2 else [1, 2], "logisticregression__C": [0.1, 1.0]},
+            "xdawn_tangent": {"xdawncovariances__nfilter": [1, 2, 4], "logisticregression__C": [0.1, 1.0]} if n_classes == 2 else {"xdawncovariances__nfilter": [1, 2]},
             "hand_features": {"featureunion__evokedpeaks__n_windows": [4, 8]}, "flicker": {"logisticregression__C": [0.1, 1.0]}}.get(name, {})
 
 def fit_baseline(name: str, X, y, groups=None, *, sfreq: float = 250.0, inner: int = 3, **options):

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['COLOURS', 'Html', 'figure', 'chance_line', 'to_svg', 'to_png_uri', 'alignment_table', 'plot_alignment',
            'plot_evoked_topo', 'plot_losses', 'plot_confusion', 'plot_retrieval_curve', 'plot_time_generalisation',
-           'plot_scores', 'plot_picture_grid', 'score_table', 'environment', 'Report']
+           'plot_learning_curve', 'plot_scores', 'plot_picture_grid', 'plot_retrieval_sheet', 'person_tables',
+           'score_table', 'environment', 'item_html', 'page_html', 'Report']
 
-# %% ../../nbs/evaluate/35_report.ipynb #982f43a8
+# %% ../../nbs/evaluate/35_report.ipynb #ee0778f4
 import base64
 import html as _html
 import io
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats as _stats
 
 from ..core import SynapseError, write_text
 from .metrics import Score, confusion, write_scores
@@ -84,7 +86,7 @@ def to_png_uri(picture) -> str:
     buf = io.BytesIO(); Image.fromarray(x.squeeze()).save(buf, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buf.getvalue()).decode()
 
-# %% ../../nbs/evaluate/35_report.ipynb #82e877e0
+# %% ../../nbs/evaluate/35_report.ipynb #7b950d80
 def alignment_table(alignments: dict, planted: dict | None = None) -> pd.DataFrame:
     """One row a recording: recovered delay (ms) and drift (ppm), beside what was planted when that is known.
 
@@ -106,7 +108,7 @@ def plot_alignment(alignments: dict, max_shown: int = 6):
     for (name, al), c in zip(list(alignments.items())[:max_shown], COLOURS):
         r = 1e3 * np.asarray(al.get("residuals", []), float); t = np.asarray(al.get("times", np.arange(len(r))), float)
         a.plot(t[:len(r)] / (60 if "times" in al else 1), r, ".", ms=3, color=c, label=name); b.hist(r[np.isfinite(r)], 25, orientation="horizontal", histtype="step", color=c)
-    a.set(xlabel="time in the recording (min)" if all("times" in x for x in alignments.values()) else "pulse", ylabel="residual (ms)"); a.legend(ncols=3, fontsize=7, loc="upper right"); b.set(xlabel="pulses")
+    a.set(xlabel="time in the recording (min)" if all("times" in x for x in alignments.values()) else "pulse", ylabel="residual (ms)"); a.legend(ncols=3, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1)); b.set(xlabel="pulses")
     a.axhline(0, color=COLOURS[6], lw=0.8)
     return fig
 
@@ -200,7 +202,7 @@ def plot_confusion(y_true, y_pred, classes, title: str = ""):
     if title: fig.suptitle(title, color=_INK, fontsize=10)
     return fig
 
-# %% ../../nbs/evaluate/35_report.ipynb #7ddd05be
+# %% ../../nbs/evaluate/35_report.ipynb #7b3c6202
 @_in_style
 def plot_retrieval_curve(curves: dict, title: str = ""):
     "P(truth among the k nearest) against k with 95 % bands and the chance line. curves: name -> table (k, value, ci_low, ci_high, chance) of `evaluate.retrieval.top_k_curve`."
@@ -211,11 +213,28 @@ def plot_retrieval_curve(curves: dict, title: str = ""):
     return fig
 
 @_in_style
-def plot_time_generalisation(matrix, times, chance: float = 0.5, title: str = "", unit: str = "AUC"):
-    "Decoding over time (diagonal) and training × test time. matrix (T, T) of `evaluate.baselines.decode_time(…, generalise=True)`, times (T,) s."
+def plot_time_generalisation(matrix, times, chance: float = 0.5, title: str = "", unit: str = "AUC", mask=None):
+    "Decoding over time (diagonal; `mask` (T,) marks where it is above chance) and training × test time. matrix (T, T) of `evaluate.baselines.time_square` or `decode_time(…, generalise=True)`, times (T,) s."
     M, t = np.asarray(matrix), np.asarray(times); fig, (a, b) = figure(8.5, 3, ncols=2, width_ratios=[1.4, 1]); v = max(abs(M - chance).max(), 1e-3)
-    a.plot(t, np.diag(M), color=COLOURS[0]); chance_line(a, chance); a.axvline(0, color=COLOURS[6], lw=0.8, ls=":"); a.set(xlabel="time (s)", ylabel=unit, title=title); a.legend(fontsize=7)
+    a.plot(t, np.diag(M), color=COLOURS[0]); chance_line(a, chance); a.axvline(0, color=COLOURS[6], lw=0.8, ls=":"); a.set(xlabel="time (s)", ylabel=unit, title=title)
+    if mask is not None and np.any(mask): low = min(np.diag(M).min(), chance) - 0.06 * np.ptp(np.r_[np.diag(M), chance]); a.plot(t, np.where(mask, low, np.nan), "s", ms=3, color=COLOURS[3], label="above chance, p < 0.05 over all times")
+    a.legend(fontsize=7, loc="upper right")
     im = b.imshow(M, origin="lower", extent=(t[0], t[-1], t[0], t[-1]), cmap="RdBu_r", vmin=chance - v, vmax=chance + v); b.set(xlabel="test time (s)", ylabel="training time (s)"); fig.colorbar(im, ax=b, label=unit).outline.set_visible(False)
+    for line in (b.axhline, b.axvline): line(0, color=COLOURS[6], lw=0.8, ls=":")
+    return fig
+
+@_in_style
+def plot_learning_curve(curves: dict, points: dict | None = None, attainable=None, oracle: float | None = None, chance: float | None = None, title: str = "", unit: str = "balanced accuracy"):
+    "Test score against the number of training trials (log axis). curves: name -> {n: value}; points: name -> (n, value), trained once on all; attainable: {n: value} and `oracle`: the ceilings of a simulated study, where known."
+    fig, ax = figure(7.5, 3.2)
+    for (name, c), colour in zip(curves.items(), COLOURS): ax.plot(list(c), list(c.values()), "o-", ms=4, color=colour, label=name)
+    for (name, (n, v)), colour in zip((points or {}).items(), COLOURS[len(curves):] * 2): ax.plot(n, v, "D", ms=6, color=colour, label=name)
+    if attainable: ax.plot(list(attainable), list(attainable.values()), "-", lw=2.5, color=_INK, label="attainable(N): the best that N trials allow")
+    if oracle is not None: ax.axhline(oracle, lw=1.2, ls="-.", color=_INK, label="oracle_m: all is known but gain and jitter")
+    if chance is not None: chance_line(ax, chance)
+    ns = sorted({n for c in curves.values() for n in c} | set(attainable or {}) | {n for n, _ in (points or {}).values()})
+    ax.set_xscale("log"); ax.minorticks_off(); ax.set_xticks(ns, [str(n) for n in ns], rotation=45 if len(ns) > 6 else 0); ax.set(xlabel="training trials", ylabel=unit, title=title, ylim=(0, 1.04))
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return fig
 
 @_in_style
@@ -231,7 +250,7 @@ def plot_scores(scores, title: str = ""):
     ax.set(xlabel=f"{scores[0].metric.replace('_', ' ') if len({x.metric for x in scores}) == 1 else 'score'} (95 % interval; red tick: chance; grey: not above chance)" if scores else "", title=title)
     return fig
 
-# %% ../../nbs/evaluate/35_report.ipynb #1949c0a6
+# %% ../../nbs/evaluate/35_report.ipynb #021fdd6c
 def plot_picture_grid(rows: dict, n: int = 12, size: int = 72, captions=None) -> Html:
     """Rows of pictures under each other, one column a picture, in the order given (never sorted by quality).
 
@@ -246,6 +265,40 @@ def plot_picture_grid(rows: dict, n: int = 12, size: int = 72, captions=None) ->
         if captions is not None and len(out) == 1: out.append("<tr class=cap><th></th>" + "".join(f"<td>{_html.escape(str(captions[i]))}</td>" for i in range(n)) + "</tr>")
     return Html(f'<div class="wide"><table class="sheet">{"".join(out)}</table></div><p class="note">{n} pictures in the order given, none chosen, one sample each, fixed seed.</p>')
 
+def plot_retrieval_sheet(seen, S, target, pictures, n_best: int = 5, size: int = 56, captions=None) -> Html:
+    """One row a query, in the order given: what was seen, then the `n_best` candidates by similarity, the right one framed and ticked, and the rank of the truth.
+
+    seen (n, h, w, 3); S (n, candidates); target (n,) column of the truth; pictures (candidates, h, w, 3)."""
+    S, rows = np.asarray(S, float), []
+    img = lambda p, alt, more="": f'<td{more}><img alt="{_html.escape(alt)}" width="{size}" height="{size}" src="{p}"></td>'
+    uris = [to_png_uri(p) for p in pictures]; rank = 1 + (S > S[np.arange(len(S)), target][:, None]).sum(1) + ((S == S[np.arange(len(S)), target][:, None]).sum(1) - 1) / 2
+    for i, order in enumerate(np.argsort(-S, axis=1, kind="stable")[:, :n_best]):
+        best = "".join(img(uris[j], "candidate" + (", right" if j == target[i] else ""), ' class="hit"' if j == target[i] else "") for j in order)
+        rows.append(f'<tr><th>{_html.escape(str(captions[i])) if captions is not None else i + 1}</th>{img(to_png_uri(seen[i]), "seen")}<td class="gap"></td>{best}<td class="num">{rank[i]:g}</td></tr>')
+    head = f'<tr class=cap><th></th><td>seen</td><td></td>{"".join(f"<td>{k + 1}</td>" for k in range(min(n_best, S.shape[1])))}<td>rank of {S.shape[1]}</td></tr>'
+    return Html(f'<div class="wide"><table class="sheet">{head}{"".join(rows)}</table></div><p class="note">All {len(S)} pictures in the order given, none chosen. ✓ and blue frame: the right one.</p>')
+
+def person_tables(scores, groups: dict | None = None) -> list[tuple[str, pd.DataFrame]]:
+    """Test scores with a column a person, and their mean: one (title, table) a metric and protocol. Scores of `subject` 'all' are left out.
+
+    groups: (model, metric, protocol id) -> `Score` over people × pictures, whose value and interval become the last columns; without one, Student's t over three people and more."""
+    out, f = [], lambda v, lo, hi: f"{v:.3f}" + ("" if lo is None else f" [{lo:.3f}, {hi:.3f}]")
+    test = [s for s in scores if s.split == "test" and s.subject not in ("", "all")]
+    for metric, tag in dict.fromkeys((s.metric, s.protocol.id) for s in test):
+        rows, here = {}, [s for s in test if (s.metric, s.protocol.id) == (metric, tag)]
+        for s in here: rows.setdefault(s.model, {})[s.subject] = s
+        table = pd.DataFrame([{"model": m, **{f"sub-{k}": f(s.value, s.ci_low, s.ci_high) for k, s in by.items()}, "mean [95 % interval]": _mean_text(list(by.values()), (groups or {}).get((m, metric, tag)), f),
+                               "above chance in": f"{sum(s.above_chance for s in by.values())} of {len(by)}"} for m, by in rows.items()])
+        out.append((f"{metric.replace('_', ' ')}, chance {here[0].chance:.3f}, protocol {tag}", table))
+    return out
+
+def _mean_text(scores, group, f) -> str:
+    "Mean over people with the interval that their number allows."
+    if group is not None: return f(group.value, group.ci_low, group.ci_high)
+    v = np.array([s.value for s in scores]); half = _stats.t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 2 else None
+    return f(v.mean(), *((None, None) if half is None else (v.mean() - half, v.mean() + half)))
+
+# %% ../../nbs/evaluate/35_report.ipynb #506fcf10
 def score_table(scores) -> Html:
     "Every score with n, chance, 95 % interval and p; one table a protocol, because numbers under different protocols may not be compared. Scores without a protocol are refused."
     if any(s.protocol is None for s in scores): raise SynapseError("A score without a protocol cannot be shown; tag it with Score.tagged(protocol=…).")
@@ -268,7 +321,7 @@ def _score_row(s: Score) -> str:
         bar = f'<svg viewBox="0 0 100 10" width="100" height="10" aria-hidden="true"><rect y="4" width="100" height="2" fill="currentColor" opacity=".15"/><rect x="{100 * s.ci_low:.1f}" y="3" width="{max(100 * (s.ci_high - s.ci_low), 1):.1f}" height="4" fill="{COLOURS[0] if s.above_chance else COLOURS[6]}"/><circle cx="{100 * s.value:.1f}" cy="5" r="2.5" fill="{COLOURS[0] if s.above_chance else COLOURS[6]}"/><rect x="{100 * s.chance - 0.7:.1f}" width="1.4" height="10" fill="{COLOURS[3]}"/></svg>'
     return f'<tr title="{_html.escape(s.note)}"><td>{_html.escape(s.metric.replace("_", " "))}<td>{_html.escape(s.model)}<td>{_html.escape(s.subject)}<td>{_html.escape(s.split)}<td class="num"><b>{f(s.value)}</b><td class="num">{ci}<td class="num">{f(s.chance)}<td class="num">{s.n}<td class="num">{p}<td>{bar}</tr>'
 
-# %% ../../nbs/evaluate/35_report.ipynb #33471064
+# %% ../../nbs/evaluate/35_report.ipynb #0cca808a
 _CSS = """
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1c1f24;--soft:#5b626d;--line:#dfe2e6;--accent:#0072B2;--warn:#b34700}
 @media(prefers-color-scheme:dark){:root{--bg:#14171c;--card:#1c2027;--ink:#e7e9ec;--soft:#a2a9b4;--line:#343a44;--accent:#56B4E9;--warn:#ff9d57}}
@@ -278,7 +331,7 @@ nav{display:flex;flex-wrap:wrap;gap:6px 14px;border-block:1px solid var(--line);
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px 22px;margin:20px 0}h2{font-size:1.25rem;margin:0 0 .5em}h3{font-size:1.02rem;margin:1.1em 0 .3em}h4{margin:1.4em 0 .2em;font-size:.95rem}p{max-width:80ch;margin:.5em 0}
 figure{margin:12px 0}figure svg{width:100%;height:auto;display:block;color:var(--ink)}figcaption,.note,.proto{color:var(--soft);font-size:.85rem}.proto{font-family:ui-monospace,SFMono-Regular,Menlo,monospace;font-size:.75rem;overflow-wrap:anywhere;max-width:none}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}th,td{padding:4px 10px 4px 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}.num{text-align:right}th{color:var(--soft);font-weight:600}
-.frame th{white-space:normal;vertical-align:bottom}.frame td,.frame th{padding-right:16px}.frame td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:22ch}.sheet td,.sheet th{border:0;padding:2px;white-space:normal}.sheet th{text-align:right;padding-right:10px;font-weight:500;min-width:105px;max-width:140px}.sheet img{display:block;border-radius:3px;image-rendering:pixelated}.sheet .cap td{font-size:.62rem;line-height:1.15;color:var(--soft);max-width:72px;overflow-wrap:anywhere;vertical-align:top}
+.frame th{white-space:normal;vertical-align:bottom}.frame td,.frame th{padding-right:16px}.frame td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:22ch}.sheet td,.sheet th{border:0;padding:2px;white-space:normal}.sheet th{text-align:right;padding-right:10px;font-weight:500;min-width:105px;max-width:140px}.sheet img{display:block;border-radius:3px;image-rendering:pixelated}.sheet .hit img{outline:3px solid #0072B2;outline-offset:-3px}.sheet .hit{position:relative}.sheet .hit:after{content:'✓';position:absolute;right:4px;bottom:2px;color:#fff;background:#0072B2;font-size:.65rem;padding:0 3px;border-radius:3px}.sheet .gap{min-width:14px}.sheet .cap td{font-size:.62rem;line-height:1.15;color:var(--soft);max-width:72px;overflow-wrap:anywhere;vertical-align:top}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px;margin:18px 0}.card{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--accent);border-radius:8px;padding:12px 14px}.card.low{border-left-color:var(--soft)}.card b{font-size:1.55rem;display:block;line-height:1.2}.card span{color:var(--soft);font-size:.8rem;display:block}
 .banner{border:1px solid var(--warn);color:var(--warn);border-radius:8px;padding:10px 14px;margin:16px 0;font-weight:600}.warn{color:var(--warn);font-weight:500}footer{color:var(--soft);font-size:.8rem;padding:10px 22px 50px}pre{overflow-x:auto;font-size:.75rem;background:color-mix(in srgb,var(--ink) 5%,transparent);padding:10px;border-radius:6px}code{font-size:.9em}
 @media print{section{break-inside:avoid}body{background:#fff}}
@@ -292,7 +345,28 @@ def environment(packages=("numpy", "scipy", "scikit-learn", "mne", "torch", "tra
         except PackageNotFoundError: pass
     return out
 
-# %% ../../nbs/evaluate/35_report.ipynb #659269a6
+# %% ../../nbs/evaluate/35_report.ipynb #2ce217f8
+def item_html(item) -> str:
+    "One item of a section as HTML: text, `Html`, a table, a matplotlib Figure, (Figure or other item, caption), or a list of scores. Raises `SynapseError` for anything else."
+    if isinstance(item, Html): return str(item)
+    if isinstance(item, str): return f"<p>{_html.escape(item)}</p>"
+    if isinstance(item, pd.DataFrame): return f'<div class="wide">{item.to_html(border=0, index=not isinstance(item.index, pd.RangeIndex),  float_format=lambda v: f"{v:.3f}", na_rep="–", escape=True, classes="frame")}</div>'
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], str): return f"<figure>{to_svg(item[0], item[1]) if hasattr(item[0], 'savefig') else item_html(item[0])}<figcaption>{_html.escape(item[1])}</figcaption></figure>"
+    if hasattr(item, "savefig"): return f"<figure>{to_svg(item)}</figure>"
+    if isinstance(item, (list, tuple)) and item and all(isinstance(s, Score) for s in item): return score_table(item)
+    raise SynapseError(f"A report section takes text, Html, a figure, a table or a list of scores, not {type(item).__name__}.")
+
+# %% ../../nbs/evaluate/35_report.ipynb #cb133ad5
+def page_html(title: str, subtitle: str, sections, cards=(), banner: str = "", seed: int | None = None, config: str = "") -> str:
+    "A self-contained page of (title, html) sections under cards; versions, seed and configuration in the footer."
+    e, ids = _html.escape, [re.sub(r"\W+", "-", t.lower()).strip("-") for t, _ in sections]
+    nav = "".join(f'<a href="#{i}">{e(t)}</a>' for i, (t, _) in zip(ids, sections)); body = "".join(f'<section id="{i}"><h2>{e(t)}</h2>{h}</section>' for i, (t, h) in zip(ids, sections))
+    env = " · ".join(f"{k} {v}" for k, v in environment().items()); seed = "" if seed is None else f"seed {seed} · "
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{e(title)}</title><style>{_CSS}</style></head><body>'
+            f'<header><h1>{e(title)}</h1><p>{e(subtitle)}</p>{f"<div class=banner>{e(banner)}</div>" if banner else ""}<nav>{nav}</nav></header><main>'
+            f'{f"<div class=cards>{chr(10).join(cards)}</div>" if cards else ""}{body}</main><footer><p>{seed}{e(env)}</p>{f"<details><summary>configuration</summary><pre>{e(config)}</pre></details>" if config else ""}</footer></body></html>')
+
+# %% ../../nbs/evaluate/35_report.ipynb #f7c134ae
 class Report:
     """A page being written: `section(title, *items)` in reading order, then `save(path)`.
 
@@ -317,23 +391,13 @@ class Report:
         return self
 
     def _item(self, item) -> str:
-        "One item as HTML."
-        if isinstance(item, Html): return str(item)
-        if isinstance(item, str): return f"<p>{_html.escape(item)}</p>"
-        if isinstance(item, pd.DataFrame): return f'<div class="wide">{item.to_html(border=0, index=not isinstance(item.index, pd.RangeIndex),  float_format=lambda v: f"{v:.3f}", na_rep="–", escape=True, classes="frame")}</div>'
-        if isinstance(item, tuple) and len(item) == 2: return f"<figure>{self._item(item[0])}<figcaption>{_html.escape(item[1])}</figcaption></figure>" if not hasattr(item[0], "savefig") else f"<figure>{to_svg(item[0], item[1])}<figcaption>{_html.escape(item[1])}</figcaption></figure>"
-        if hasattr(item, "savefig"): return f"<figure>{to_svg(item)}</figure>"
-        if isinstance(item, (list, tuple)) and item and all(isinstance(s, Score) for s in item): self.scores += list(item); return score_table(item)
-        raise SynapseError(f"A report section takes text, Html, a figure, a table or a list of scores, not {type(item).__name__}.")
+        "One item as HTML; the scores among the items are kept for `scores.json`."
+        if isinstance(item, (list, tuple)) and item and all(isinstance(s, Score) for s in item): self.scores += list(item)
+        return item_html(item)
 
     def html(self) -> str:
         "The whole page."
-        ids = [re.sub(r"\W+", "-", t.lower()).strip("-") for t, _ in self.sections]; e = _html.escape
-        nav = "".join(f'<a href="#{i}">{e(t)}</a>' for i, (t, _) in zip(ids, self.sections)); body = "".join(f'<section id="{i}"><h2>{e(t)}</h2>{h}</section>' for i, (t, h) in zip(ids, self.sections))
-        env = " · ".join(f"{k} {v}" for k, v in environment().items()); seed = "" if self.seed is None else f"seed {self.seed} · "
-        return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{e(self.title)}</title><style>{_CSS}</style></head><body>'
-                f'<header><h1>{e(self.title)}</h1><p>{e(self.subtitle)}</p>{f"<div class=banner>{e(self.banner)}</div>" if self.banner else ""}<nav>{nav}</nav></header><main>'
-                f'{f"<div class=cards>{chr(10).join(self.cards)}</div>" if self.cards else ""}{body}</main><footer><p>{seed}{e(env)}</p>{f"<details><summary>configuration</summary><pre>{e(self.config)}</pre></details>" if self.config else ""}</footer></body></html>')
+        return page_html(self.title, self.subtitle, self.sections, self.cards, self.banner, self.seed, self.config)
 
     def figures(self) -> dict[str, str]:
         "Every figure of the page as an SVG file of its own, black on white: `<section>-<number>` -> text."

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import Config
+from ..config import Config, no_id
 from ..core import SynapseError, log, rng, set_seed
 from ..data.splits import Split, check_split, group_values, leave_one_out, make_split
 from ..data.windows import PairedWindows, Windows, channels_in
@@ -42,6 +42,7 @@ class DecodeConf(OnWindows):
     network: NetworkConf = NetworkConf()
     train: TrainConf = TrainConf()
     fused: bool = True
+    ceiling: bool = no_id(True, "say what share of the attainable was reached, where the study is simulated and its truth is there")
 
 # %% ../../nbs/train/76_decoding.ipynb #70df129a
 def make_splits(events: pd.DataFrame, conf: SplitConf, seed: int) -> list[Split]:
@@ -295,10 +296,10 @@ def when_decoded(prepared: Prepared, splits: dict, conf: DecodeConf, modality: s
     return dict(times=times, square=square, mask=max_stat(np.diag(square), null)["mask"], chance=0.5 if folds[0] == 2 else 1 / folds[0], n_people=len(set(who)))
 
 # %% ../../nbs/train/76_decoding.ipynb #ac7cf4c0
-CURVE = {"lda": {}, "xdawn_tangent": dict(nfilter=2, C=0.1)}
+CURVE = {"lda": {}, "xdawn_tangent": dict(nfilter=2, C=0.1)}           # what is fitted anew on fewer trials; few settings, since it is fitted four times
 
 def training_curve(prepared: Prepared, splits: dict, conf: DecodeConf, modality: str, shares=(0.125, 0.25, 0.5, 1.0)) -> pd.DataFrame:
-    "Test score of linear decoders trained on a part of the training trials: rows `model, subject, n, value` (AUC for two classes, else balanced accuracy; mean over folds)."
+    "Test score of linear decoders (those of `CURVE` that are among the baselines) trained on a part of the training trials: rows `model, subject, n, value` (AUC for two classes, else balanced accuracy; mean over folds)."
     rows = []
     for who, split, w in _each_split(prepared, splits, conf, modality):
         split = replace(split, train=tuple(sorted(set(split.train) & set(w.events["trial_id"]))))
@@ -306,7 +307,7 @@ def training_curve(prepared: Prepared, splits: dict, conf: DecodeConf, modality:
             part = fewer(split, w.events, conf.split.model_copy(update={"n_train": None, "train_share": share}), conf.seed)
             sides = _sides(part, w)
             if not {"train", "test"} <= set(sides) or np.bincount(sides["train"].y, minlength=len(w.classes)).min() < 4: continue
-            for p in run_baselines({k: sides[k] for k in ("train", "test")}, CURVE, dict(modality=modality), conf.split.by):
+            for p in run_baselines({k: sides[k] for k in ("train", "test")}, {k: v for k, v in CURVE.items() if k in conf.baselines}, dict(modality=modality), conf.split.by):
                 s = score_group(p, Protocol(task=f"category:{len(w.classes)}"), n_perm=1)
                 rows.append((p["model"].iloc[0], who, len(sides["train"]), s.value))
     return pd.DataFrame(rows, columns=["model", "subject", "n", "value"]).groupby(["model", "subject", "n"], as_index=False).mean()

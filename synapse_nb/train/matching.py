@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import Config
+from ..config import Config, no_id
 from ..core import SynapseError, atomic_path, check_file, rng, set_seed
 from ..data.splits import check_split
 from ..data.windows import Windows
@@ -186,12 +186,16 @@ class MatchConf(OnWindows):
     network: NetworkConf = NetworkConf()
     loss: str = "clip+mse"
     baselines: dict = {"ridge": {"bin": 8}}
+    ceiling: bool = no_id(True, "say what share of the attainable was reached, where the study is simulated and its truth is there")
     train: TrainConf = TrainConf(n_epochs=30, patience=6)
 
-def picture_vectors(prepared: Prepared, encoder: str, cache_dir=None) -> tuple[object, np.ndarray]:
-    "(pictures of the study, their embeddings `(n, d)` as unit vectors, in the order of `pictures.table`)."
+def picture_vectors(prepared: Prepared, encoder: str, cache_dir=None, only: int | None = None) -> tuple[object, np.ndarray]:
+    "(pictures of the study, their embeddings `(n, d)` as unit vectors, in the order of `pictures.table`). `only`: embed so many and use them over and over, for a dry run."
     pictures = prepared.study.stimuli()
     if pictures is None: raise SynapseError(f"{prepared.study.root} has no pictures; matching needs what was seen (name their folder in study.options).")
+    if only is not None and only < len(pictures):
+        few = np.stack([np.asarray(pictures.load_image(i).resize((64, 64))) for i in pictures.table["image"][:only]])
+        return pictures, embed_pictures(encoder, few, cache_dir)[np.arange(len(pictures)) % only]
     return pictures, embed_pictures(encoder, pictures.array(64), cache_dir)
 
 def _targets(view: View, pictures, z: np.ndarray) -> View:
@@ -227,9 +231,9 @@ def match_network(sides: dict, conf: MatchConf, modality: str, out_dim: int, pre
     else: encoder = create_encoder(conf.network.name, first.n_chans, first.n_times, first.sfreq, first.chs_info, **conf.network.options)
     return MatchModel(encoder, out_dim, loss=conf.loss, normalise="image" if "mse" in conf.loss else "both", pool="flatten")
 
-def match(prepared: Prepared, conf: MatchConf, cache_dir=None) -> tuple[pd.DataFrame, dict]:
-    "(table of predicted embeddings of every validation and test trial, training histories): each person and modality by itself."
-    pictures, z = picture_vectors(prepared, conf.encoder, cache_dir)
+def match(prepared: Prepared, conf: MatchConf, cache_dir=None, only: int | None = None) -> tuple[pd.DataFrame, dict]:
+    "(table of predicted embeddings of every validation and test trial, training histories): each person and modality by itself. `only`: see `picture_vectors`."
+    pictures, z = picture_vectors(prepared, conf.encoder, cache_dir, only)
     rows, histories = [], {}
     for modality in prepared.stores:
         for subject in subjects_of(prepared, modality):
