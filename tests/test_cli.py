@@ -5,8 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from synapse_nb.apps.cli import main
@@ -35,6 +38,31 @@ def test_truncated_recording(capsys, tmp_path, test_data):
     cut = tmp_path / "cut_raw.fif"
     cut.write_bytes(whole.read_bytes()[:3000])
     assert "cut_raw.fif" in said(capsys, "inspect", cut)
+
+
+def test_a_recording_without_triggers_warns_of_nothing(capsys, test_data):
+    "A line that is inside a pulse from the first sample to the last has no resting samples: numpy's warning about their spread is nobody's news."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert main(["inspect", str(next((test_data / "ctf_short").glob("*.ds")))]) == 0
+    out = capsys.readouterr().out
+    assert "format    CTF" in out and "RuntimeWarning" not in out and "cannot be read" not in out
+
+
+def test_a_dry_run_embeds_one_batch_of_pictures(monkeypatch):
+    from synapse_nb.stimuli.images import make_pictures
+    from synapse_nb.train import matching
+    seen, pictures = [], make_pictures(3, seed=1)
+    monkeypatch.setattr(matching, "embed_pictures", lambda encoder, images, cache_dir=None: seen.append(len(images)) or np.eye(len(images), 8))
+    ready = matching.Prepared(types.SimpleNamespace(root="x", stimuli=lambda: pictures), {}, [], {})
+    assert len(matching.picture_vectors(ready, "encoder", only=5)[1]) == len(pictures) == 24 and seen == [5]
+    assert len(matching.picture_vectors(ready, "encoder")[1]) == 24 and seen == [5, 24]
+
+
+def test_report_over_runs_says_what_is_missing(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no finished run" in said(capsys, "report", tmp_path / "empty")
+    assert "does not exist" in said(capsys, "report", tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("line, wanted", [("train.n_epoch=3", "Did you mean 'n_epochs'"), ("train.n_epochs=many", "n_epochs = 'many'"), ("window.tmn=0", "Did you mean 'tmin'"), ("kind=decod", "decode")])

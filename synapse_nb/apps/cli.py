@@ -38,6 +38,11 @@ def _runs(a):
     from synapse_nb.train.runs import compare_runs, runs_table
     print(compare_runs(a.folder).to_string(index=False, na_rep="") if a.compare else runs_table(a.folder))
 
+def _report(a):
+    from synapse_nb.train.runs_report import runs_report
+    page = runs_report(a.run).save(a.report, max_mb=40)
+    print(f"written: {page} ({page.stat().st_size / 1e6:.1f} MB, opens without a network)")
+
 def _inspect(a):
     from synapse_nb.studies.study import inspect_path
     import json
@@ -124,6 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
              ("--script", dict(default="scripts/train.slurm", help="what sbatch is given")), ("--retry", dict(action="store_true", help="also the cells that had too few trials")))
     _command(sub, "runs", _runs, "finished, running and broken runs, their scores, and what their ids mean", ("folder", dict(nargs="?", default="runs")),
              ("--compare", dict(action="store_true", help="last losses and scores side by side")))
+    _command(sub, "report", _report, "one page over finished runs: what differs in settings and scores, paired tests, their pages", ("run", dict(nargs="+", help="folder of a run, or one that holds runs")), ("--report", dict(default="report.html", metavar="HTML")))
     _command(sub, "fetch", _fetch, "a public set from its owners: sizes and licence first, whole files or none, continued where it stopped", ("study", {}), ("--subjects", dict(nargs="*", default=None)),
              ("--sessions", dict(nargs="*", default=None)), ("--out", dict(default=None, help="folder (default: data/STUDY)")), ("--dry-run", dict(action="store_true", help="only say what it would be")), ("--mirror", dict(default=None, metavar="URL", help="a server with the same listing")))
     _command(sub, "prepare", _prepare, "a study's recordings into the store", ("study", {}), ("root", {}), ("--out", dict(default="store")),

@@ -316,7 +316,7 @@ def _find_analog(x, sfreq, polarity=None, min_width=None, min_gap=None):
     use = clean if len(ghosts) and snr > 12 else x
     onset, past, width, sign, amp = _time_edges(use, found, rest, snr, sfreq)
     line = uniform_filter1d(use, max(3, int(.009*sfreq)) | 1) if snr < 6 else use             # its wobble, not its noise
-    if np.isfinite(rest) and np.median(amp) < 2.5*np.std(line[~inside[:-1]]): return nothing("no pulse stands out of the line's own wobble")
+    if np.isfinite(rest) and not inside[:-1].all() and np.median(amp) < 2.5*np.std(line[~inside[:-1]]): return nothing("no pulse stands out of the line's own wobble")
     keep = _judge(onset, width, sign, amp, rejected, sfreq)
     signs = set(sign[keep].tolist()); pol = "both" if len(signs) > 1 else ("down" if signs == {-1} else "up")
     level = rest + .5*np.median(amp[keep]*sign[keep]) if np.isfinite(rest) and pol != "both" and keep.any() else np.nan
