@@ -1,4 +1,5 @@
 "Pre-training and matching across modules: what one stage writes, the next one reads; work is saved where it is claimed."
+import json
 import time
 
 import numpy as np
@@ -189,3 +190,17 @@ def test_an_encoder_that_nobody_can_make_anew_is_refused():
         def __init__(self): super().__init__(); self.scale = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(SynapseError, match="Own.*make"): reset_copy(Own())
     assert not torch.equal(reset_copy(layer := torch.nn.Linear(3, 3), 1).weight, layer.weight)
+
+
+def test_a_network_that_starts_from_what_is_near_fills_gaps_sooner(tmp_path):
+    "Same process, steps and seeds as above, fewer of them. Checkpoints know whether they have it; those from before do not."
+    train, x, got = _ar(2000, 0), _ar(200, 1), {}
+    for near in (False, True):
+        set_seed(0); m = MAE(4, 42, 3, mask="block", min_len=2, mask_ratio=0.5, out_init=0., near=near); opt = torch.optim.AdamW(m.parameters(), 2e-3, betas=(0.9, 0.95))
+        for _ in range(150): loss = mae_step(m, {"x": torch.from_numpy(train[torch.randint(0, 2000, (64,)).numpy()])})["loss"]; opt.zero_grad(); loss.backward(); opt.step()
+        got[near] = evaluate_mae(m, x, baselines=False)[0]["r2"]
+    assert got[True] > 1.2 * got[False] > 0, got
+    again = load_mae(save_mae(m, tmp_path / "m")); assert torch.equal(again.encoder(torch.from_numpy(x[:3])), m.encoder(torch.from_numpy(x[:3])))
+    config = tmp_path / "old/config.json"; old = MAE(4, 42, 3, preset="small", near=False); save_mae(old, tmp_path / "old")
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "near"}))
+    assert load_mae(tmp_path / "old").encoder.blocks[0].near is None and MAE(4, 42, 3, preset="small").encoder.blocks[0].near is not None
