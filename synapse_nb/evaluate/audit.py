@@ -54,7 +54,7 @@ class Evidence:
         tr, te = self.part("train"), self.part("test")
         return None if tr is None or te is None or not len(tr) or not len(te) else (tr, te)
 
-# %% ../../nbs/evaluate/36_audit.ipynb #2c1cadeb
+# %% ../../nbs/evaluate/36_audit.ipynb #82ae88f6
 def _read_table(x, what, columns) -> pd.DataFrame | None:
     "A DataFrame, or a .csv/.tsv path; a dict part -> list of trial ids becomes a split table."
     if x is None: return None
@@ -76,14 +76,15 @@ def _read_arrays(x, what) -> dict:
         with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z.files}
     except (ValueError, OSError) as e: raise SynapseError(f"{what} {path} cannot be read as .npz without pickles ({e}); save plain arrays with np.savez.") from None
 
+# %% ../../nbs/evaluate/36_audit.ipynb #b57dcc8b
 _ALIASES = {"y_true": ("y", "labels", "true", "target_label"), "y_pred": ("prediction", "pred", "predicted"), "trial_id": ("trial_ids", "ids", "id"), "embeddings": ("pred_embeddings", "brain", "z"), "gallery": ("image_embeddings", "candidates"), "proba": ("probabilities", "probs")}
-_PRED_KEYS = ("trial_id", "y_true", "y_pred", "proba", "logits", "embeddings", "gallery", "gallery_ids", "target", "picked", "members", "claimed_metric", "claimed_value", "sample", "n_samples", "linear_pred")
+_PRED_KEYS = ("trial_id", "y_true", "y_pred", "proba", "logits", "embeddings", "gallery", "gallery_ids", "target", "picked", "members", "claimed_metric", "claimed_value", "ceiling_metric", "ceiling_value", "sample", "n_samples", "linear_pred")
 
 def gather(events=None, split=None, predictions=None, windows=None, history=None, protocol=None, recording=None, label: str = "category") -> Evidence:
     """Read what was handed over into an `Evidence`.
 
     events: table with trial_id (subject, session, run, onset, image, concept, category). split: table trial_id, part (train/val/test), or a dict or `Split`.
-    predictions: dict or .npz with any of trial_id, y_true, y_pred, proba, logits; embeddings (n, d), gallery (G, d), target (n,), gallery_ids, picked (n,); members ("id|id" of averaged trials), claimed_metric/claimed_value.
+    predictions: dict or .npz with any of trial_id, y_true, y_pred, proba, logits; embeddings (n, d), gallery (G, d), target (n,), gallery_ids, picked (n,); members ("id|id" of averaged trials), claimed_metric/claimed_value, ceiling_metric/ceiling_value (what a known ceiling allows: of `evaluate.ceiling`, or a published one).
     windows: dict or .npz with X (n, C, T), trial_id, sfreq (Hz), tmin (s), optional ch_names, baseline (s, s). history: table epoch_idx, val_*, test_*, selected (bool), subject. Raises `SynapseError` for unreadable files or nothing at all.
     """
     pred = _read_arrays(predictions, "predictions")
@@ -471,7 +472,7 @@ def _selected(ev):
         kind = "best-epoch-per-person" if len(rows) > 1 and len({s.get("epoch_idx") for s, _ in rows}) > 1 else "selected-on-test"
         yield Finding(kind, "leak", f"The reported epoch is the best of {len(rows[0][1])} on the test set{' for each of ' + str(len(rows)) + ' people' if len(rows) > 1 else ''}; {'validation chose another' if val else 'there was no validation'}.", "Choose the epoch on validation, or fix it before.", len(rows), gain)
 
-# %% ../../nbs/evaluate/36_audit.ipynb #564db3a1
+# %% ../../nbs/evaluate/36_audit.ipynb #6549fc57
 def _in_s_eff(scores) -> list[str]:
     "What top-1 and top-5 of one gallery mean in S_eff (dB), and whether the pair lies on the S curve; empty where there is no identification."
     from synapse_nb.evaluate.ceiling import check_pair, decibel, s_eff
@@ -494,6 +495,43 @@ def _against_linear(ev, scores) -> list[str]:
     v, _ = _decode(*w); mine = next(s for s in scores if s.metric == "balanced_accuracy")
     return [f"shrinkage LDA on the same windows and split: {v:.3f}; handed over: {mine.value:.3f}" + (" (the linear bar is not cleared)" if mine.value <= v else "")]
 
+# %% ../../nbs/evaluate/36_audit.ipynb #89925f0a
+@_check("above-the-ceiling", "predictions with ceiling_metric and ceiling_value")
+def _above_ceiling(ev):
+    "The score is better than the ceiling that was handed over: no honest decoder is."
+    if "ceiling_value" not in ev.pred: return
+    s, top = _its_ceiling(ev, _scores(ev, 200, 50))
+    if s.ci_low > top: yield Finding("above-the-ceiling", "leak", f"{s.metric} {s.value:.3f} [{s.ci_low:.3f}, {s.ci_high:.3f}] lies above its ceiling of {top:.3f}.", "Look for what the decoder knows and the ceiling does not: the answer.", s.n, 100 * (s.value - top))
+
+def _its_ceiling(ev, scores) -> tuple[Score, float]:
+    "The score that the ceiling belongs to, and its value. Raises `SynapseError` when there is no such score."
+    metric, top = str(np.asarray(ev.pred["ceiling_metric"]).item()), float(np.asarray(ev.pred["ceiling_value"])); mine = {s.metric: s for s in reversed(scores)}
+    if metric not in mine: raise SynapseError(f"The ceiling's metric '{metric}' cannot be computed from what was handed over ({', '.join(mine) or 'no scores'}).{suggest(metric, mine)}")
+    return mine[metric], top
+
+def _against_ceiling(ev, scores) -> list[str]:
+    "The score beside a ceiling that was handed over, S a repeat of single and averaged answers, and how reliable the windows of repeated pictures are."
+    from synapse_nb.evaluate.ceiling import decibel, s_eff, split_half
+    out, top1 = [], {s.split: s for s in scores if s.metric == "top_1" and s.chance and s.chance <= 0.1}
+    if "ceiling_value" in ev.pred: s, top = _its_ceiling(ev, scores); out.append(f"{s.metric} {s.value:.3f} is {100 * (s.value - s.chance) / max(top - s.chance, 1e-9):.0f} % of its ceiling ({top:.3f}) above chance")
+    if len(top1) == 2 and "test" in top1:
+        one, many = top1["test"], next(v for k, v in top1.items() if k != "test"); k = int(many.split.split(", ")[1].partition("x")[0]); n = round(1 / one.chance)
+        a, b = s_eff(one.value, n), s_eff(many.value, n, 1, k)
+        if 0 < a < np.inf and 0 < b < np.inf: out.append(f"S a repeat: {decibel(a):.1f} dB from single trials, {decibel(b):.1f} dB from {k} averaged" + (": averaging gains less than half of what independent noise would allow" if b < a / 2 else ""))
+    x = _repeats(ev)
+    if x is not None: r = split_half(x, 20)["reliability"]; out.append(f"noise ceiling of the test windows (split-half over {len(x)} repeats of {x.shape[1]} pictures, Spearman-Brown): the mean response is reliable to {r.max():.2f} at best, so nothing correlates with it above {np.sqrt(r.max()):.2f}")
+    return out
+
+def _repeats(ev, bins: int = 8):
+    "Means over time of the test windows as (repeats, pictures, channels × bins), or None without two repeats of ten pictures."
+    if "X" not in ev.windows or ev.train_test is None or "image" not in ev.events: return None
+    X, ids = np.asarray(ev.windows["X"], float), pd.Series(np.asarray(ev.windows["trial_id"]).astype(str)); image = ids.map(ev.train_test[1].drop_duplicates("trial_id").set_index("trial_id").image)
+    rows = {k: v.to_numpy() for k, v in ids.groupby(image).groups.items() if k != "" and len(v) > 1}
+    if len(rows) < 10: return None
+    n, step = min(map(len, rows.values())), max(1, X.shape[2] // bins); X = X[:, :, :X.shape[2] // step * step].reshape(len(X), X.shape[1], -1, step).mean(-1).reshape(len(X), -1)
+    return np.stack([X[v[:n]] for v in rows.values()], 1)
+
+# %% ../../nbs/evaluate/36_audit.ipynb #b678f308
 def _scores(ev, n_boot=1000, n_perm=500) -> list[Score]:
     "Every score that the predictions allow, with pictures as clusters where the events name them."
     p, out, kw = ev.pred, [], {"protocol": ev.protocol, "n_boot": n_boot, "n_perm": n_perm}; by = {}
@@ -545,7 +583,7 @@ class Audit:
 
     def _repr_html_(self) -> str: return f"<pre>{_html.escape(str(self))}</pre>"
 
-# %% ../../nbs/evaluate/36_audit.ipynb #b7b98503
+# %% ../../nbs/evaluate/36_audit.ipynb #65f9d4de
 def audit(recording=None, events=None, predictions=None, split=None, *, windows=None, history=None, protocol=None, label: str = "category", pulses=None) -> Audit:
     """Audit a result: which named leaks exist, what they are worth, and what the score is. Any part may be missing; see `gather` for what each may hold.
 
@@ -560,7 +598,7 @@ def audit(recording=None, events=None, predictions=None, split=None, *, windows=
     if recording is not None or pulses is not None: findings += _check_timing(ev, pulses)
     else: unchecked["timing"] = "a recording (or pulses) and events with onset"
     scores = _scores(ev)
-    return Audit(findings, scores, unchecked, ev.protocol, _in_s_eff(scores) + _against_linear(ev, scores))
+    return Audit(findings, scores, unchecked, ev.protocol, _in_s_eff(scores) + _against_linear(ev, scores) + _against_ceiling(ev, scores))
 
 def _has(ev: Evidence, needs: str) -> bool:
     "Whether what a check needs was handed over (by the first words of each need)."
@@ -583,13 +621,13 @@ def _check_timing(ev, pulses=None) -> list:
     if a.verdict == "ok": return []
     return [Finding("timing", "leak" if a.verdict == "refused" else "suspect", f"The pulses of the recording and the onsets of the table: {a.verdict}. {a.reason}", "Align the onsets to the photodiode first.")]
 
-# %% ../../nbs/evaluate/36_audit.ipynb #48ff8f2f
+# %% ../../nbs/evaluate/36_audit.ipynb #391407ea
 def audit_report(result: Audit, title: str = "Audit of a score"):
     "The audit as a `Report`: verdict, findings, scores, what was not checked. Save it with `.save(path)`."
     from synapse_nb.evaluate.report import Html, Report, plot_scores
-    r = Report(title, f"Verdict: {result.verdict}. {len(_CHECKS)} named faults were looked for; {len(result.unchecked)} could not be, because what they need was not handed over.", banner="" if result.exit_code == 0 else f"Verdict: {result.verdict}")
+    r = Report(title, f"Verdict: {result.verdict}. {len(_CHECKS) + 1 - len(result.unchecked)} of {len(_CHECKS) + 1} named faults were looked for; the others need what was not handed over.", banner="" if result.exit_code == 0 else f"Verdict: {result.verdict}")
     rows = "".join(f'<h3>{_html.escape(f.kind)} <span class="warn">{f.level}</span></h3><p>{_html.escape(f.text)}{"" if f.points is None else f" <b>Worth {f.points:+.1f} points.</b>"}</p><p class="note">{_html.escape(f.fix)}</p>' for f in result.findings)
     r.section("What was found", Html(rows or "<p>None of the faults that could be looked for.</p>"))
     if result.scores: r.section("The score again", plot_scores(result.scores), result.scores if result.protocol else "No protocol was given, so these numbers cannot stand beside others.")
-    if result.remarks: r.section("In S, and against a line", *result.remarks)
+    if result.remarks: r.section("In S, against a line and against the ceiling", *result.remarks)
     return r.section("What was not checked", pd.DataFrame(result.unchecked.items(), columns=["fault", "needs"])) if result.unchecked else r
