@@ -125,7 +125,7 @@ class EvokedPeaks(TransformerMixin, BaseEstimator):
         return np.concatenate([f(p, axis=2) for p in parts for f in (np.mean, np.min, np.max)], 1)
     def __sklearn_is_fitted__(self): return True
 
-# %% ../../nbs/evaluate/32_baselines.ipynb #feb7667e
+# %% ../../nbs/evaluate/32_baselines.ipynb #6cbcb431
 class _UpperCov(TransformerMixin, BaseEstimator):
     "Channel covariance of each trial, upper triangle, log on the diagonal."
     def fit(self, X, y=None): return self
@@ -149,6 +149,7 @@ def hand_features(sfreq: float = 250.0):
     from sklearn.pipeline import make_union
     return make_pipeline(_Microvolts(), FewChannels(), make_union(BandPower(sfreq), _UpperCov(), EvokedPeaks()), StandardScaler(), LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"))
 
+# %% ../../nbs/evaluate/32_baselines.ipynb #78e97e4b
 def band_power(sfreq: float = 250.0):
     "Log band power -> shrinkage LDA."
     return make_pipeline(BandPower(sfreq), StandardScaler(), LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"))

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'Html', 'figure', 'chance_line', 'to_svg', 'to_png_uri', 'alignment_table', 'plot_alignment',
            'plot_evoked_topo', 'plot_losses', 'plot_confusion', 'plot_retrieval_curve', 'plot_time_generalisation',
            'plot_learning_curve', 'plot_scores', 'plot_picture_grid', 'plot_retrieval_sheet', 'person_tables',
-           'score_table', 'environment', 'item_html', 'page_html', 'Report']
+           'score_table', 'environment', 'item_html', 'folded', 'page_html', 'Report']
 
 # %% ../../nbs/evaluate/35_report.ipynb #ee0778f4
 import base64
@@ -112,28 +112,7 @@ def plot_alignment(alignments: dict, max_shown: int = 6):
     a.axhline(0, color=COLOURS[6], lw=0.8)
     return fig
 
-# %% ../../nbs/evaluate/35_report.ipynb #a2bd22b5
-@_in_style
-def plot_evoked_topo(evokeds, times=None, n_topo: int = 4, title: str = ""):
-    """Butterfly of every channel with topographies at the peaks: one row a condition.
-
-    evokeds: dict name -> `mne.Evoked`, or name -> (data (C, T) in V or T, mne.Info, tmin s). times: s of the topographies (default: peaks of the spread over channels).
-    Without channel positions only the butterfly is drawn.
-    """
-    import mne
-    ev = {k: e if hasattr(e, "plot_topomap") else mne.EvokedArray(np.asarray(e[0], float), e[1], tmin=e[2], verbose="error") for k, e in evokeds.items()}
-    fig, axes = figure(9, 2.1 * len(ev), nrows=len(ev), ncols=n_topo + 1, width_ratios=[2.6] + [1] * n_topo)
-    shared = times if times is not None else _peaks(next(iter(ev.values())), n_topo)
-    for row, (name, e) in zip(np.atleast_2d(axes), ev.items()):
-        unit, scale = _unit(e); data = e.data * scale
-        row[0].plot(e.times, data.T, color=COLOURS[0], lw=0.4, alpha=0.5); row[0].plot(e.times, data.std(0), color=COLOURS[3], lw=1.5, label="spread over sensors"); row[0].legend(fontsize=6, loc="lower right")
-        row[0].axvline(0, color=COLOURS[6], lw=0.8, ls=":"); row[0].set(ylabel=unit, title=f"{name} (n = {e.nave})" if e.nave > 1 and " minus " not in name else name, xlabel="time (s)")
-        top = np.abs(data).max() * 0.9
-        for ax, t in zip(row[1:], shared): _topo(ax, e, t, top, scale, unit)
-        if row[-1].axison or row[-1].has_data(): row[-1].text(0.5, -0.1, f"colours: ±{top:.3g} {unit.partition('(')[2].rstrip(')')}", transform=row[-1].transAxes, ha="center", fontsize=6, color=_INK)
-    if title: fig.suptitle(title, color=_INK)
-    return fig
-
+# %% ../../nbs/evaluate/35_report.ipynb #ed8ba6f3
 def _unit(e):
     "Label and factor of the evoked's first data channel."
     import mne
@@ -167,7 +146,29 @@ def _dots(ax, values, info, vmax):
     ax.scatter(*at.T, c=values, cmap="RdBu_r", vmin=-vmax, vmax=vmax, s=70, edgecolors=_INK, linewidths=0.6)
     ax.set(aspect="equal", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4)); ax.axis("off")
 
-# %% ../../nbs/evaluate/35_report.ipynb #f66a0f1f
+# %% ../../nbs/evaluate/35_report.ipynb #7b91d2f2
+@_in_style
+def plot_evoked_topo(evokeds, times=None, n_topo: int = 4, title: str = ""):
+    """Butterfly of every channel with topographies at the peaks: one row a condition.
+
+    evokeds: dict name -> `mne.Evoked`, or name -> (data (C, T) in V or T, mne.Info, tmin s). times: s of the topographies (default: peaks of the spread over channels).
+    Without channel positions only the butterfly is drawn.
+    """
+    import mne
+    ev = {k: e if hasattr(e, "plot_topomap") else mne.EvokedArray(np.asarray(e[0], float), e[1], tmin=e[2], verbose="error") for k, e in evokeds.items()}
+    fig, axes = figure(9, 2.1 * len(ev), nrows=len(ev), ncols=n_topo + 1, width_ratios=[2.6] + [1] * n_topo)
+    shared = times if times is not None else _peaks(next(iter(ev.values())), n_topo)
+    for row, (name, e) in zip(np.atleast_2d(axes), ev.items()):
+        unit, scale = _unit(e); data = e.data * scale
+        row[0].plot(e.times, data.T, color=COLOURS[0], lw=0.4, alpha=0.5); row[0].plot(e.times, data.std(0), color=COLOURS[3], lw=1.5, label="spread over sensors"); row[0].legend(fontsize=6, loc="lower right")
+        row[0].axvline(0, color=COLOURS[6], lw=0.8, ls=":"); row[0].set(ylabel=unit, title=f"{name} (n = {e.nave})" if e.nave > 1 and " minus " not in name else name, xlabel="time (s)")
+        top = np.abs(data).max() * 0.9
+        for ax, t in zip(row[1:], shared): _topo(ax, e, t, top, scale, unit)
+        if row[-1].axison or row[-1].has_data(): row[-1].text(0.5, -0.1, f"colours: ±{top:.3g} {unit.partition('(')[2].rstrip(')')}", transform=row[-1].transAxes, ha="center", fontsize=6, color=_INK)
+    if title: fig.suptitle(title, color=_INK)
+    return fig
+
+# %% ../../nbs/evaluate/35_report.ipynb #87d12dc0
 @_in_style
 def plot_losses(histories: dict, metrics=("loss",)):
     "Training (thin) and validation (thick) curves against the epoch, one colour a run. histories: name -> table with epoch_idx, train_<metric>, val_<metric> (`History.to_frame()`)."
@@ -187,6 +188,7 @@ def _side_legend(ax):
     shown = list(lines.items())[:14]
     ax.legend([l for _, l in shown], [n for n, _ in shown], fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), title="thick: validation, dotted: training" + (f"\n{len(shown)} of {len(lines)} shown" if len(shown) < len(lines) else ""), title_fontsize=7)
 
+# %% ../../nbs/evaluate/35_report.ipynb #7753e028
 @_in_style
 def plot_confusion(y_true, y_pred, classes, title: str = ""):
     "Two matrices, rows = true: counts, and row-normalised with chance = 1/K marked on the bar. y_*: labels or integer codes (n,)."
@@ -202,7 +204,7 @@ def plot_confusion(y_true, y_pred, classes, title: str = ""):
     if title: fig.suptitle(title, color=_INK, fontsize=10)
     return fig
 
-# %% ../../nbs/evaluate/35_report.ipynb #7b3c6202
+# %% ../../nbs/evaluate/35_report.ipynb #bcf0fc70
 @_in_style
 def plot_retrieval_curve(curves: dict, title: str = ""):
     "P(truth among the k nearest) against k with 95 % bands and the chance line. curves: name -> table (k, value, ci_low, ci_high, chance) of `evaluate.retrieval.top_k_curve`."
@@ -218,7 +220,7 @@ def plot_time_generalisation(matrix, times, chance: float = 0.5, title: str = ""
     M, t = np.asarray(matrix), np.asarray(times); fig, (a, b) = figure(8.5, 3, ncols=2, width_ratios=[1.4, 1]); v = max(abs(M - chance).max(), 1e-3)
     a.plot(t, np.diag(M), color=COLOURS[0]); chance_line(a, chance); a.axvline(0, color=COLOURS[6], lw=0.8, ls=":"); a.set(xlabel="time (s)", ylabel=unit, title=title)
     if mask is not None and np.any(mask): low = min(np.diag(M).min(), chance) - 0.06 * np.ptp(np.r_[np.diag(M), chance]); a.plot(t, np.where(mask, low, np.nan), "s", ms=3, color=COLOURS[3], label="above chance, p < 0.05 over all times")
-    a.legend(fontsize=7, loc="upper right")
+    a.legend(fontsize=7, loc="upper left")
     im = b.imshow(M, origin="lower", extent=(t[0], t[-1], t[0], t[-1]), cmap="RdBu_r", vmin=chance - v, vmax=chance + v); b.set(xlabel="test time (s)", ylabel="training time (s)"); fig.colorbar(im, ax=b, label=unit).outline.set_visible(False)
     for line in (b.axhline, b.axvline): line(0, color=COLOURS[6], lw=0.8, ls=":")
     return fig
@@ -250,7 +252,7 @@ def plot_scores(scores, title: str = ""):
     ax.set(xlabel=f"{scores[0].metric.replace('_', ' ') if len({x.metric for x in scores}) == 1 else 'score'} (95 % interval; red tick: chance; grey: not above chance)" if scores else "", title=title)
     return fig
 
-# %% ../../nbs/evaluate/35_report.ipynb #021fdd6c
+# %% ../../nbs/evaluate/35_report.ipynb #5ef24882
 def plot_picture_grid(rows: dict, n: int = 12, size: int = 72, captions=None) -> Html:
     """Rows of pictures under each other, one column a picture, in the order given (never sorted by quality).
 
@@ -278,6 +280,7 @@ def plot_retrieval_sheet(seen, S, target, pictures, n_best: int = 5, size: int =
     head = f'<tr class=cap><th></th><td>seen</td><td></td>{"".join(f"<td>{k + 1}</td>" for k in range(min(n_best, S.shape[1])))}<td>rank of {S.shape[1]}</td></tr>'
     return Html(f'<div class="wide"><table class="sheet">{head}{"".join(rows)}</table></div><p class="note">All {len(S)} pictures in the order given, none chosen. ✓ and blue frame: the right one.</p>')
 
+# %% ../../nbs/evaluate/35_report.ipynb #476697b4
 def person_tables(scores, groups: dict | None = None) -> list[tuple[str, pd.DataFrame]]:
     """Test scores with a column a person, and their mean: one (title, table) a metric and protocol. Scores of `subject` 'all' are left out.
 
@@ -355,6 +358,11 @@ def item_html(item) -> str:
     if hasattr(item, "savefig"): return f"<figure>{to_svg(item)}</figure>"
     if isinstance(item, (list, tuple)) and item and all(isinstance(s, Score) for s in item): return score_table(item)
     raise SynapseError(f"A report section takes text, Html, a figure, a table or a list of scores, not {type(item).__name__}.")
+
+# %% ../../nbs/evaluate/35_report.ipynb #b9b7a6bf
+def folded(title: str, *items) -> Html:
+    "Items under a line that opens when it is clicked: for what only some readers want."
+    return Html(f"<details><summary>{_html.escape(title)}</summary>{''.join(map(item_html, items))}</details>")
 
 # %% ../../nbs/evaluate/35_report.ipynb #cb133ad5
 def page_html(title: str, subtitle: str, sections, cards=(), banner: str = "", seed: int | None = None, config: str = "") -> str:

@@ -51,7 +51,7 @@ def _of_categories(by_concept, category) -> np.ndarray:
     "Concepts summed into categories, in sorted order."
     return np.stack([logsumexp(by_concept[:, category == c], axis=1) for c in np.unique(category)], 1)
 
-# %% ../../nbs/evaluate/57_study_ceiling.ipynb #92dd4e23
+# %% ../../nbs/evaluate/57_study_ceiling.ipynb #39880436
 @dataclass
 class StudyCeiling:
     "Log likelihoods of trials of one person and modality: `oracle` (n, pictures) and `attainable[N]` for pictures, `oracle_category` (n, categories) and `attainable_category[N]`; `target` (n,) row of each trial's picture, `images`, `category` of each of them."
@@ -68,6 +68,7 @@ def _concepts(model, seed):
     pictures = make_pictures(250, 99_000 + seed)
     return pictures.features, pictures.table["concept"].to_numpy(), pictures.table["category"].to_numpy()
 
+# %% ../../nbs/evaluate/57_study_ceiling.ipynb #fa5e48c7
 def _oracle_category(model, x, plan, rows, known, concepts, nodes: int = 5, block: int = 120) -> np.ndarray:
     "As `oracle_marginal`, for categories: gain and common jitter averaged over `nodes` x `nodes` values, lapses too."
     from synapse_nb.studies.simulate import evidence
@@ -132,7 +133,7 @@ def _open_ceiling(d) -> StudyCeiling:
     part = lambda name: {int(k.rpartition("_")[2]): d[k] for k in sorted(d, key=lambda k: k.zfill(40)) if k.startswith(name) and k.rpartition("_")[2].isdigit()}
     return StudyCeiling(d["images"].tolist(), d["category"], d["target"], d["oracle"], part("attainable_"), d["oracle_category"], part("category_"))
 
-# %% ../../nbs/evaluate/57_study_ceiling.ipynb #73305365
+# %% ../../nbs/evaluate/57_study_ceiling.ipynb #c8feee65
 def ceiling_value(metric: str, c: StudyCeiling, which="oracle") -> float:
     "The value of `metric` (top_k, pairwise, pairwise_within_category, balanced_accuracy) that a ceiling reaches. `which`: 'oracle', or a number of training trials."
     by_picture, by_category = (c.oracle, c.oracle_category) if which == "oracle" else (c.attainable[which], c.attainable_category[which])
@@ -143,6 +144,7 @@ def ceiling_value(metric: str, c: StudyCeiling, which="oracle") -> float:
     names = np.unique(c.category)
     return float(_balanced_accuracy(confusion(c.category[c.target], names[by_category.argmax(1)], names).to_numpy()))
 
+# %% ../../nbs/evaluate/57_study_ceiling.ipynb #34d2ac62
 def together(ceilings) -> StudyCeiling:
     "All trials of each picture, of several people and modalities: one row a picture, its log likelihoods added; N is that of the largest share each."
     first = ceilings[0]; whole = lambda L, c: np.stack([L[c.target == k].sum(0) for k in range(len(c.images))])
@@ -171,6 +173,7 @@ def every_ceiling(single: dict) -> dict:
     if single: out["meg+eeg" if len({m for m, _ in single}) > 1 else next(iter(single))[0], "all", "averaged"] = together(list(single.values()))
     return out
 
+# %% ../../nbs/evaluate/57_study_ceiling.ipynb #ad37e651
 def share_of_attainable(score: Score, reached: float) -> float:
     "(score - chance) / (attainable - chance); NaN where nothing is attainable above chance."
     return (score.value - score.chance) / (reached - score.chance) if reached > score.chance + 1e-9 else float("nan")

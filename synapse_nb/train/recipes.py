@@ -6,11 +6,11 @@
 __all__ = ['KINDS', 'CEILING_WORDS', 'RUNNERS', 'SimulateConf', 'PrepareConf', 'DrawRunConf', 'load_recipe', 'alignment_section',
            'evoked_section', 'confusion_section', 'pictures_section', 'when_section', 'curve_section', 'scores_of',
            'ceiling_curve', 'ceilings_of', 'ceiling_section', 'people_section', 'refused_section', 'print_scores',
-           'save_table', 'read_saved', 'decode_report', 'decode_cards', 'people_by_pictures', 'match_report',
-           'retrieval_section', 'sheet_section', 'pairs_section', 'match_curve_section', 'drawing_section',
-           'resolve_runs', 'run_conf', 'run_recipe', 'dry', 'run_prepare']
+           'save_table', 'read_saved', 'decode_report', 'versus_section', 'decode_cards', 'people_by_pictures',
+           'match_report', 'retrieval_section', 'sheet_section', 'pairs_section', 'match_curve_section',
+           'drawing_section', 'resolve_runs', 'run_conf', 'run_recipe', 'dry', 'run_prepare']
 
-# %% ../../nbs/train/80_recipes.ipynb #ce8ac6e5
+# %% ../../nbs/train/80_recipes.ipynb #034d6253
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from ..data.preprocess import PRESETS
 from ..dist import is_main, main_first, reduce_max
 from ..evaluate.baselines import list_baselines, make_baseline
 from ..evaluate.metrics import Score, compare_models, group_score, holm
-from ..evaluate.report import (Html, Report, alignment_table, person_tables, plot_alignment, plot_confusion, plot_evoked_topo, plot_learning_curve, plot_losses, plot_picture_grid,
+from ..evaluate.report import (Html, Report, alignment_table, folded, person_tables, plot_alignment, plot_confusion, plot_evoked_topo, plot_learning_curve, plot_losses, plot_picture_grid,
                                         plot_retrieval_curve, plot_retrieval_sheet, plot_time_generalisation)
 from ..evaluate.retrieval import cosine_similarity, n_way_hits, top_k_curve
 from ..evaluate.study_ceiling import ceiling_table, ceiling_value, every_ceiling, simulated_truth, study_ceiling
@@ -124,14 +124,14 @@ def confusion_section(report: Report, pred: pd.DataFrame) -> None:
             items.append((plot_confusion(part["truth"], guess, classes, title=f"{model} ({modality}), {'validation' if side == 'val' else 'test'}"), f"{len(part)} trials of {part['subject'].nunique()} person(s)."))
     report.section("Confusion matrices", "Rows are what was shown. Counts, and shares of each row. The network, and the baseline that did best on validation.", *items)
 
-# %% ../../nbs/train/80_recipes.ipynb #4bfa0c3d
+# %% ../../nbs/train/80_recipes.ipynb #4c94fd7c
 def pictures_section(report: Report, study, n: int = 12) -> None:
     "Some of the pictures that were seen."
     pictures = study.stimuli()
     if pictures is None: return
     rows = np.linspace(0, len(pictures) - 1, min(n, len(pictures))).astype(int)
     images = np.stack([np.asarray(pictures.load_image(pictures.table.image[i]).resize((96, 96))) for i in rows])
-    report.section("What they saw", plot_picture_grid({"seen": images}, n=len(rows), captions=[str(pictures.table["category"][i] or pictures.table["concept"][i]) for i in rows]))
+    report.section("What they saw", plot_picture_grid({"seen": images}, n=len(rows), size=64, captions=[str(pictures.table["category"][i] or pictures.table["concept"][i]) for i in rows]))
 
 # %% ../../nbs/train/80_recipes.ipynb #56fa8cf3
 def when_section(report: Report, ready: Prepared, splits: dict, conf) -> None:
@@ -168,7 +168,7 @@ def ceiling_curve(ceilings: dict, modality: str, metric: str):
     if not own: return {}, None
     return {n: float(np.mean([ceiling_value(metric, c, n) for c in own])) for n in sorted(set.intersection(*(set(c.attainable) for c in own)))}, float(np.mean([ceiling_value(metric, c) for c in own]))
 
-# %% ../../nbs/train/80_recipes.ipynb #231e68d3
+# %% ../../nbs/train/80_recipes.ipynb #dfc5f82e
 def ceilings_of(ready: Prepared, conf, least: int = 100) -> dict:
     "Ceilings of everything that a run on a simulated study scores (see `every_ceiling`); {} where the truth is not there, the question is not the category or the picture, or fewer than `least` trials train."
     truth = simulated_truth(getattr(ready.study, "root", None))
@@ -186,9 +186,9 @@ def ceiling_section(report: Report, scores, ceilings: dict) -> pd.DataFrame:
     "Every test score as a share of what can be attained above chance, printed too; returns the table."
     table = ceiling_table(scores, ceilings)
     if not len(table): return table
-    report.section("How much of the possible", "attainable(N): the best that can be done by who knows the kind of study, its noise and its people, but has to learn this person from N training trials. oracle_m: by who knows all but the trial's gain and jitter." + CEILING_WORDS[True], table)
+    table = table[~table["model"].str.startswith("chance")].reset_index(drop=True); all_of_them = table["subject"] == scores_of(scores)
+    report.section("How much of the possible", "attainable(N): the best that can be done by who knows the kind of study, its noise and its people, but has to learn this person from N training trials. oracle_m: by who knows all but the trial's gain and jitter." + CEILING_WORDS[True], table[all_of_them].reset_index(drop=True), *([folded("Each person", table[~all_of_them].reset_index(drop=True))] if (~all_of_them).any() else []))
     for r in table.itertuples(index=False):
-        if r[0].startswith("chance"): continue
         print(f"  {r[1]:<5} {r[0]:<22} {r[2]:<10} {r[3]:<24} {r[4]:.3f} is {100 * r[9]:.0f} % of what {r[7]} trials allow above chance ({r[6]:.3f}; oracle_m {r[8]:.3f})", flush=True)
     return table
 
@@ -229,7 +229,7 @@ def _run_pretrain(conf: PretrainConf, run: RunFolder, store) -> None:
     done = pretrain(_ready(conf, store), conf, run.mine/"mae", foreign)
     if is_main(): write_json(run.path/"pretrain.json", done)
 
-# %% ../../nbs/train/80_recipes.ipynb #8712af01
+# %% ../../nbs/train/80_recipes.ipynb #a3c848dd
 def save_table(path, table: pd.DataFrame) -> None:
     "A table as TSV, whole or not at all."
     with atomic_path(path) as tmp: table.to_csv(tmp, sep="\t", index=False)
@@ -258,13 +258,20 @@ def decode_report(conf: DecodeConf, ready: Prepared, done, scores, ceilings: dic
     decode_cards(report, done, scores)
     people_section(report, scores, people_by_pictures(done, scores)); ceiling_section(report, scores, ceilings)
     versus = network_against_baselines(done, conf, every=True)
-    if len(versus): report.section("The network against every baseline", "Network minus baseline on the same test trials, paired; p_holm is corrected over the table.", versus.drop(columns="n_people").round(4))
+    if len(versus): versus_section(report, versus, scores_of(scores))
     if conf.baselines: curve_section(report, ready, done, conf, scores, ceilings); when_section(report, ready, done.splits, conf)           # who wants no linear decoder gets none
     if sure := probability_scores(done, conf): report.section("Can the stated probabilities be believed?", "Test trials. Log loss in nats; ‘ece’: expected calibration error, whose ‘chance’ is what a calibrated model would show at this n.", sure)
     refused_section(report, ready, done.skipped); pictures_section(report, ready.study); alignment_section(report, ready); evoked_section(report, ready, conf); confusion_section(report, done.predictions)
     report.section("Training", plot_losses(dict(list(done.histories.items())[:6])))
     report.section("All scores", f"{len(done.dropped)} trial(s) left out of at least one analysis (rejected, or too near an edge); ‘exclusions’ in the protocol says which scores are without them.", scores)
     return report
+
+def versus_section(report: Report, versus: pd.DataFrame, who: str) -> None:
+    "The network against every baseline: everybody, and each person folded."
+    p_text = lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}"
+    shown = versus[versus["baseline"] != "chance"].assign(p=versus["p"].map(p_text), p_holm=versus["p_holm"].map(p_text)).drop(columns=["n_people", "test"] + (["trials"] if versus["trials"].nunique() == 1 else []))
+    parts = [shown[shown["subject"] == who].reset_index(drop=True), shown[shown["subject"] != who].reset_index(drop=True)]
+    report.section("The network against every baseline", f"Network minus baseline on the same test trials, paired ({versus['test'].iloc[0]}); p_holm is corrected over all rows, the folded ones and those against chance too.", parts[0], *([folded("Each person", parts[1])] if len(parts[1]) else []))
 
 # %% ../../nbs/train/80_recipes.ipynb #38a38bd1
 def decode_cards(report: Report, done, scores) -> None:
@@ -320,7 +327,7 @@ def retrieval_section(report: Report, table: pd.DataFrame, pictures, z) -> None:
     for (m, k), r in test.groupby(["model", "modality"]): curves[f"{m} ({k}), single trial"] = top_k_curve(_vectors(r), gallery, r["image"].map(number).to_numpy())
     report.section("Retrieval", f"How often the right picture is among the first k of {len(names)} that nobody trained on.", plot_retrieval_curve(curves))
 
-# %% ../../nbs/train/80_recipes.ipynb #72f7695b
+# %% ../../nbs/train/80_recipes.ipynb #eac16539
 def _of_each_person(table: pd.DataFrame, conf: MatchConf, pictures, z) -> list[Score]:
     "Top-1 and top-5 of single trials, each person alone."
     return [s.tagged(subject=who) for who, rows in table.groupby("subject") for s in match_scores(rows, conf, pictures, z) if s.protocol.unit == "single" and s.metric in ("top_1", "top_5")]
@@ -352,6 +359,7 @@ def pairs_section(report: Report, table: pd.DataFrame, conf: MatchConf, pictures
         rows += [dict(modality=modality, model=a, against=b, **compare_models(hits[a], hits[b], seed=conf.seed).model_dump()) for a in ours for b in hits if b != a and not (b in ours and ours.index(b) < ours.index(a))]
     if rows: report.section("Models in pairs", "Difference of top-5 on the same test trials; p_holm is corrected over the table.", pd.DataFrame(rows).assign(p_holm=holm([r["p"] for r in rows])).round(4))
 
+# %% ../../nbs/train/80_recipes.ipynb #b2ea56b9
 def match_curve_section(report: Report, ready: Prepared, conf: MatchConf, scores, pictures, z, ceilings: dict, shares=(0.125, 0.25, 0.5, 1.0)) -> None:
     "Top-5 of single trials against the number of training trials: ridge fitted anew, the other models at all trials, and both ceilings where known."
     items = []
