@@ -10,6 +10,7 @@ import mne
 import numpy as np
 import pytest
 import synapse_nb
+import torch
 from synapse_nb.core import SynapseError
 from synapse_nb.studies.simulate import make_info, simulate_study
 from synapse_nb.train.experiments import expand, load_plan, run_plan
@@ -160,7 +161,7 @@ def test_foreign_recordings_really_enter_pre_training(study, monkeypatch):
     seen, whole = [], matching.train_model
 
     def spy(model, step, train, val, *a, **k):
-        seen.append([(v.windows.events["trial_type"].eq("foreign").sum(), len(v), v.windows.ch_names) for v in train.views]); return whole(model, step, train, val, *a, **k)
+        assert (k["betas"], k["warmup"], k["grad_clip"]) == ((0.9, 0.999), 0.1, 1.0); seen.append([(v.windows.events["trial_type"].eq("foreign").sum(), len(v), v.windows.ch_names) for v in train.views]); return whole(model, step, train, val, *a, **k)
     monkeypatch.setattr(matching, "train_model", spy)
     table = run_plan(study / "mix.toml", study / "mix")
     assert table.set_index(["foreign", "trials"])["state"].to_dict() == {("no", "24"): "finished", ("no", "200"): "too few", ("yes", "24"): "finished", ("yes", "200"): "too few"}
@@ -171,3 +172,18 @@ def test_foreign_recordings_really_enter_pre_training(study, monkeypatch):
     done = table.set_index(["foreign", "trials"])
     assert done.loc[("no", "24"), "meg wiener r2"] != done.loc[("yes", "24"), "meg wiener r2"] and done["meg n_train"].dropna().tolist() == [24, 24]
     assert done.loc[("no", "24"), "meg best interpolation r2"] == pytest.approx(done.loc[("yes", "24"), "meg best interpolation r2"], abs=0.05)
+
+
+def test_the_published_recipe_is_the_published_recipe(monkeypatch):
+    "SC-MBM: sizes of the net, and what its optimizer is really given."
+    import synapse_nb.train.stages as stages
+    from synapse_nb.selfsup.mae import PRESETS
+    conf, got = load_recipe(ROOT / "configs/scmbm.toml"), {}
+    assert (conf.preset, conf.patch, conf.mask_ratio) == ("paper", 4, 0.75) and load_recipe(ROOT / "configs/scmbm.toml", ['mask="random"', "patch=16"]).mask == "random"
+    assert PRESETS["paper"] == dict(d_model=1024, depth=24, n_heads=16, mlp_ratio=1.0, dec_d=512, dec_depth=8, dec_heads=16)
+    monkeypatch.setattr(stages, "fit", lambda *a, **k: got.update(k)); monkeypatch.setattr(stages, "_loading", lambda *a: {}); monkeypatch.setattr(stages, "make_loader", lambda *a, **k: None)
+    stages.train_model(None, None, None, None, conf.train, betas=conf.betas, warmup=conf.warmup, grad_clip=conf.grad_clip)
+    opt = got["optimizer"]([{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": got["lr"], "weight_decay": got["weight_decay"]}])
+    assert isinstance(opt, torch.optim.AdamW) and opt.defaults["betas"] == (0.9, 0.95) and opt.param_groups[0]["lr"] == 2.5e-4 and opt.param_groups[0]["weight_decay"] == 0.05
+    schedule = [c for c in got["callbacks"] if hasattr(c, "factor")][0].factor
+    assert got["grad_clip"] == 0.8 and got["n_epochs"] == 500 and conf.train.batch_size == 100 and schedule(0.04) == pytest.approx(0.5) and schedule(0.08) == pytest.approx(1) and schedule(1) == pytest.approx(0)

@@ -83,15 +83,19 @@ def embed_pictures(encoder: str, images, cache_dir=None) -> np.ndarray:
 
 # %% ../../nbs/train/77_matching.ipynb #0ab7d721
 class PretrainConf(OnWindows):
-    """A masked autoencoder on all persons' training windows of each modality. `f_max` (Hz): blocks are longer than its period. `linear`: the decoder's output is added to the Wiener interpolator's (`selfsup.mae.LinearFill`).
+    """A masked autoencoder on all persons' training windows of each modality. `mask`: `block`, longer than a period of `f_max` (Hz), or `random` patches. `betas`, `warmup` (part of the run), `grad_clip`: of its AdamW. `linear`: the decoder's output is added to the Wiener interpolator's (`selfsup.mae.LinearFill`).
 
     `n_train`: so many training windows of a modality in all, shared equally between persons and `foreign` studies (their windows are trained on, never tested)."""
     kind: Literal["pretrain"] = "pretrain"
     preset: str = "tiny"
     patch: int = 4
+    mask: Literal["block", "random"] = "block"
     mask_ratio: float = 0.5
     f_max: float = 20.0
     linear: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: float = 0.1
+    grad_clip: float = 1.0
     n_train: int | None = None
     foreign: tuple[StudyConf, ...] = ()
     train: TrainConf = TrainConf(n_epochs=15, batch_size=64, lr=2e-3, patience=15)
@@ -170,9 +174,9 @@ def pretrain(prepared: Prepared, conf: PretrainConf, folder, foreign=()) -> dict
         first = people[0]["train"]
         set_seed(conf.seed)
         some = lambda s, n: sides[s].__getitems__(np.linspace(0, len(sides[s]) - 1, min(n, len(sides[s]))).astype(int).tolist())["x"].numpy()
-        model = MAE(first.n_chans, first.n_times, patch=conf.patch, preset=conf.preset, mask="block", mask_ratio=conf.mask_ratio, min_len=min_block(first.sfreq, conf.patch, conf.f_max), linear=conf.linear)
+        model = MAE(first.n_chans, first.n_times, patch=conf.patch, preset=conf.preset, mask=conf.mask, mask_ratio=conf.mask_ratio, min_len=min_block(first.sfreq, conf.patch, conf.f_max), linear=conf.linear)
         if conf.linear: model.fit_linear(some("train", 500))
-        history = train_model(model, mae_step, sides["train"], sides["val"], conf.train, seed=conf.seed, desc=f"pre-train {modality}")
+        history = train_model(model, mae_step, sides["train"], sides["val"], conf.train, seed=conf.seed, desc=f"pre-train {modality}", betas=conf.betas, warmup=conf.warmup, grad_clip=conf.grad_clip)
         save_mae(model, Path(folder)/modality)
         out[modality] = {"history": list(history), "masked": evaluate_mae(model, some("test", 200), train=some("train", 500), seed=conf.seed), "n_train": len(sides["train"])}
     return out

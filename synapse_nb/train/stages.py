@@ -8,6 +8,7 @@ __all__ = ['StudyConf', 'SignalConf', 'WindowConf', 'TrainConf', 'SplitConf', 'R
 
 # %% ../../nbs/train/75_stages.ipynb #0385f651
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -193,17 +194,17 @@ class View(Dataset):
     def __getitem__(self, i): return {k: v[0] for k, v in self.__getitems__([i]).items()}
 
 # %% ../../nbs/train/75_stages.ipynb #37c5dcda
-def train_model(model, step, train, val, conf: TrainConf, folder=None, seed: int = 0, desc: str = "", monitor: str = "val_loss"):
-    "Fit `model` on the datasets `train` and `val` (None: no choice is made); returns its history. The best epoch on validation is kept."
+def train_model(model, step, train, val, conf: TrainConf, folder=None, seed: int = 0, desc: str = "", monitor: str = "val_loss", betas=(0.9, 0.999), warmup: float = 0.1, grad_clip: float = 1.0):
+    "Fit `model` on the datasets `train` and `val` (None: no choice is made) with AdamW (`betas`; `warmup`: part of the run, of a cosine); returns its history. The best epoch on validation is kept."
     device = rank_device(conf.device)
     loading = _loading(make_loader(train, conf.batch_size, shuffle=True, seed=seed), conf, device)
     loader = lambda ds, shuffle: make_loader(ds, conf.batch_size, shuffle=shuffle, seed=seed, **loading)
-    callbacks = [GradientWatch(1e6), LoaderWatch()] + _schedule(conf) + ([EMA(conf.ema)] if conf.ema else []) + ([EarlyStopping(conf.patience, monitor)] if val is not None else [])
+    callbacks = [GradientWatch(1e6), LoaderWatch()] + _schedule(conf, warmup) + ([EMA(conf.ema)] if conf.ema else []) + ([EarlyStopping(conf.patience, monitor)] if val is not None else [])
     if conf.profile is not None: callbacks.append(Profile(conf.profile))
     if folder is not None: callbacks.append(CSVLog(Path(folder)/"metrics.csv"))
     return fit(model, step, loader(train, True), val_loader=None if val is None else loader(val, False), n_epochs=conf.n_epochs, lr=conf.lr,
                weight_decay=conf.weight_decay, callbacks=callbacks, device=device, precision=conf.precision, accumulate=conf.accumulate, parallel=conf.parallel,
-               seed=seed, grad_clip=1.0, monitor=monitor, compile=conf.compile, progress_desc=desc)
+               seed=seed, grad_clip=grad_clip, optimizer=partial(torch.optim.AdamW, betas=tuple(betas)), monitor=monitor, compile=conf.compile, progress_desc=desc)
 
 def _loading(loader, conf: TrainConf, device) -> dict:
     "Workers, prefetch and pinning: what is set, the rest measured; with workers a batch may take ten minutes at the most."
@@ -213,9 +214,9 @@ def _loading(loader, conf: TrainConf, device) -> dict:
     if not kw["num_workers"]: kw.pop("prefetch_factor", None)
     return kw | ({"timeout": 600} if kw["num_workers"] else {})
 
-def _schedule(conf: TrainConf) -> list:
+def _schedule(conf: TrainConf, warmup: float = 0.1) -> list:
     "The callback of a schedule's name."
-    return {"cosine": lambda: [warmup_cosine(0.1)], "one_cycle": lambda: [one_cycle()], "plateau": lambda: [Plateau(conf.plateau_factor, conf.plateau_patience)], "constant": lambda: []}[conf.schedule]()
+    return {"cosine": lambda: [warmup_cosine(warmup)], "one_cycle": lambda: [one_cycle()], "plateau": lambda: [Plateau(conf.plateau_factor, conf.plateau_patience)], "constant": lambda: []}[conf.schedule]()
 
 @torch.inference_mode()
 def run_model(model, dataset, call, batch_size: int = 256) -> np.ndarray:
