@@ -3,8 +3,13 @@ import numpy as np
 import pytest
 from coverage_cases import COVERAGE, NULL, null_cross_auc, rate
 from sklearn import metrics as skm
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from synapse_nb.core import SynapseError
+from synapse_nb.evaluate import baselines as B
 from synapse_nb.evaluate import metrics as M
 from synapse_nb.evaluate.image_quality import pixcorr, share_of_ceiling, shuffle_brains, ssim, two_way_identification, two_way_score
 from synapse_nb.evaluate.retrieval import merge_duplicates, n_way_hits, pairwise_hits, retrieval_scores, top_k_curve
@@ -103,6 +108,53 @@ def test_within_category_is_harder_when_only_the_category_is_known(g):
     assert s["pairwise"].above_chance and not s["pairwise_within_category"].above_chance
     assert np.nanmean(pairwise_hits(np.eye(4), np.arange(4), [0, 1, 2, 2])) == 1
     curve = top_k_curve(E, G, np.arange(64), max_k=64); assert np.isclose(curve.value.iloc[-1], 1)
+
+
+@pytest.fixture(scope="module")
+def two_conditions():
+    "X (120, 5, 12), labels, runs: one component at samples 5-7 of channels 1 and 2."
+    g = np.random.default_rng(1); y, run = np.tile([0, 1], 60), np.repeat(np.arange(6), 20)
+    X = g.normal(size=(120, 5, 12)) + g.normal(size=(6, 5, 1))[run]; X[:, 1:3, 5:8] += 1.2 * y[:, None, None]
+    return X, y, run
+
+
+def lda_of_times(): return make_pipeline(StandardScaler(), LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"))
+
+
+def test_time_generalisation_equals_mne(two_conditions):
+    from mne.decoding import GeneralizingEstimator, SlidingEstimator, cross_val_multiscore
+    X, y, run = two_conditions; test = run >= 4; each = dict(scoring="roc_auc", verbose="error")
+    want = GeneralizingEstimator(lda_of_times(), **each).fit(X[~test], y[~test]).score(X[test], y[test])
+    assert np.allclose(B.time_square(X[~test], y[~test], X[test], y[test])[0], want)
+    folds = cross_val_multiscore(GeneralizingEstimator(lda_of_times(), **each), X, y, run, cv=GroupKFold(3), verbose="error").mean(0)
+    assert np.allclose(B.decode_time(X, y, run, generalise=True, n_folds=3), folds)
+    along = cross_val_multiscore(SlidingEstimator(lda_of_times(), **each), X, y, run, cv=GroupKFold(3), verbose="error").mean(0)
+    assert np.allclose(B.decode_time(X, y, run, n_folds=3), along) and 5 <= along.argmax() <= 7
+
+
+def test_sensor_search_and_learning_curve_equal_scikit_learn(two_conditions):
+    X, y, run = two_conditions
+    want = [skm.roc_auc_score(y, cross_val_predict(B.lda(4), X[:, [c]], y, groups=run, cv=GroupKFold(3), method="decision_function")) for c in range(5)]
+    got = B.sensor_search(X, y, run, n_folds=3); assert np.allclose(got, want) and set(np.argsort(got)[-2:]) == {1, 2}
+    curve, test = B.learning_curve(B.lda(4), X, y, run, [20, 80], test_groups=[4, 5]), run >= 4
+    assert np.allclose(curve.value[curve.n == 80], skm.balanced_accuracy_score(y[test], B.lda(4).fit(X[~test], y[~test]).predict(X[test])))
+
+
+def test_baselines_choose_inside_the_training_trials(two_conditions):
+    X, y, run = two_conditions; test = run >= 4
+    want = GridSearchCV(B.lda(), {"flatten__bin": [1, 2, 4]}, scoring="balanced_accuracy", cv=GroupKFold(3)).fit(X[~test], y[~test], groups=run[~test]).best_params_["flatten__bin"]
+    assert B.fit_baseline("lda", X[~test], y[~test], run[~test])[0].bin == want
+    for name in ("chance", "lda", "ridge_classifier", "xdawn_tangent", "hand_features"):
+        p = B.fit_baseline(name, X[~test], y[~test], run[~test], sfreq=100).predict_proba(X[test]); auc = skm.roc_auc_score(y[test], p[:, 1])
+        assert np.allclose(p.sum(1), 1) and (auc == 0.5 if name == "chance" else auc > 0.6), name
+
+
+def test_probabilities_against_scikit_learn(g):
+    P = g.dirichlet(np.ones(3), 600); y = np.array([g.choice(3, p=p) for p in P])
+    s = M.log_loss(y, P); assert np.isclose(s.value, skm.log_loss(y, P)) and np.isclose(s.chance, np.log(3)) and s.ci_low < s.value < s.ci_high
+    order = np.argsort(P.max(1), kind="stable"); hit = (P.argmax(1) == y).astype(float); bins = np.array_split(order, 15)
+    assert np.isclose(M.calibration_error(y, P).value, sum(len(b) * abs(P.max(1)[b].mean() - hit[b].mean()) for b in bins) / 600)
+    with pytest.raises(SynapseError, match="500"): M.calibration_error(y[:400], P[:400])
 
 
 def test_pictures_against_references(g):

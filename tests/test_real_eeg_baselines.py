@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from synapse_nb.data.windows import Windows
-from synapse_nb.evaluate.baselines import cross_predict, make_baseline
+from synapse_nb.evaluate.baselines import cross_predict, default_grid, make_baseline
 from synapse_nb.evaluate.metrics import auc, permute_labels
 from synapse_nb.core import rng
 from synapse_nb.studies.prepare import prepare
 from synapse_nb.studies.study import get_study
-from synapse_nb.train.decoding import DecodeConf, decode, decode_scores, network_against_baselines
+from synapse_nb.train.decoding import DecodeConf, cut_windows, decode, decode_scores, network_against_baselines
 from synapse_nb.train.stages import prepare_study
 
 warnings.simplefilter("ignore")
@@ -82,6 +82,18 @@ def test_flicker(test_data):
     s = auc(o.y, o.score, runs=run)
     print("SSVEP", s)
     assert len(y) > 180 and s.value >= 0.97 and s.above_chance
+
+
+def test_flicker_through_the_committed_recipe(test_data, tmp_path):
+    "Reader, store and windows of configs/eegnb_ssvep.toml, its fifth electrode among them; each run predicted from the others, the penalty chosen inside."
+    conf = DecodeConf(**tomllib.loads((Path(__file__).parents[1] / "configs" / "eegnb_ssvep.toml").read_text()))
+    conf = conf.model_copy(update={"study": conf.study.model_copy(update={"root": test_data / "muse_ssvep"})})
+    w = cut_windows(prepare_study(conf.study, conf.signal, tmp_path), "eeg", "01", conf.window)
+    X, y = w.arrays()
+    o = cross_predict(make_baseline("flicker", sfreq=w.sfreq, **conf.baselines["flicker"]), X, y, w.events.run.to_numpy(), grid=default_grid("flicker"))
+    s = auc(o.y, o.score, runs=w.events.run.to_numpy())
+    print("SSVEP through the recipe", s)
+    assert w.ch_names[-1] == "Right AUX" and len(y) > 180 and s.value >= 0.97 and s.above_chance
 
 
 def test_negative_control_is_not_significant(load):

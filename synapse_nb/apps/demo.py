@@ -19,8 +19,8 @@ from ..studies.simulate import load_truth
 from ..train.decoding import DecodeConf, Decoded, decode_scores
 from ..train.drawing import Drawn
 from ..train.matching import ClipConf, MatchConf, PretrainConf, match_scores, picture_vectors
-from ..train.recipes import (DrawRunConf, PrepareConf, SimulateConf, alignment_section, confusion_section, drawing_section, evoked_section, pictures_section,
-                                      read_saved, refused_section, retrieval_section, run_conf)
+from ..train.recipes import (DrawRunConf, PrepareConf, SimulateConf, alignment_section, ceiling_section, ceilings_of, confusion_section, curve_section, drawing_section, evoked_section, pictures_section,
+                                      read_saved, refused_section, retrieval_section, run_conf, sheet_section)
 from ..train.stages import SignalConf, StudyConf, TrainConf, prepare_study
 
 # %% ../../nbs/apps/92_demo.ipynb #9e8e9b8c
@@ -96,8 +96,11 @@ def demo_report(out, seed: int = 0, quick: bool = False) -> Path:
     alignment_section(report, ready, planted_timing(load_truth(out/"study"))); refused_section(report, ready)
     evoked_section(report, ready, conf["decode"])
     report.section("Category", "Which of eight categories was on the screen, from one trial; tested on pictures that nobody trained on.", decoded)
+    ceilings = ceilings_of(ready, conf["decode"])
+    ceiling_section(report, decoded + matched, ceilings)
+    if ceilings: curve_section(report, ready, Decoded(pred, {}, splits), conf["decode"], decoded, ceilings)
     confusion_section(report, pred)
-    retrieval_section(report, table, pictures, z); report.section("Retrieval scores", matched)
+    retrieval_section(report, table, pictures, z); sheet_section(report, table, pictures, z); report.section("Retrieval scores", matched)
     report.section("Drawing scores", "The judge never met the painter: it was trained on other pictures to name category, colour, size and position.", painted)
     learning_section(report, out)
     return report.save(out/"report.html", figures=True)
