@@ -187,3 +187,16 @@ def test_the_published_recipe_is_the_published_recipe(monkeypatch):
     assert isinstance(opt, torch.optim.AdamW) and opt.defaults["betas"] == (0.9, 0.95) and opt.param_groups[0]["lr"] == 2.5e-4 and opt.param_groups[0]["weight_decay"] == 0.05
     schedule = [c for c in got["callbacks"] if hasattr(c, "factor")][0].factor
     assert got["grad_clip"] == 0.8 and got["n_epochs"] == 500 and conf.train.batch_size == 100 and schedule(0.04) == pytest.approx(0.5) and schedule(0.08) == pytest.approx(1) and schedule(1) == pytest.approx(0)
+
+
+def test_tf_c_has_a_recipe_and_goes_on_to_matching(study, tmp_path):
+    from synapse_nb.models.match import MatchModel
+    from synapse_nb.train.experiments import measures
+    from synapse_nb.train.matching import load_pretrained
+    from synapse_nb.train.recipes import run_recipe
+    run = run_recipe(ROOT / "configs/sim_tfc.toml", [f"study.root={study}/study", 'study.modalities=["meg"]', "train.n_epochs=2", "train.device=cpu", "n_train=32"], tmp_path)
+    encoder = load_pretrained(next(run.path.glob("**/meg")))
+    x = torch.randn(3, encoder.n_chans, encoder.n_times)
+    assert encoder.n_tokens == encoder.time.n_tokens + encoder.spec.n_tokens and MatchModel(encoder, 8)(x).shape == (3, 8)
+    said = measures(run.path); assert said["meg n_train"] == 32 and np.isfinite(said["meg val_loss"]) and "meg r2" not in said
+    with pytest.raises(SynapseError, match="pre-trained encoder"): load_pretrained(tmp_path / "nothing")

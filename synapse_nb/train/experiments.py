@@ -134,12 +134,14 @@ def _ray(todo: list[Cell], options: dict) -> None:
 
 # %% ../../nbs/train/83_experiments.ipynb #0909c045
 def measures(path) -> dict:
-    "The numbers of a finished run by name. Pre-training: `<modality> r2`, `r`, `best interpolation r2`, `wiener r2`, `n_train`. Else every test score: `<model> <metric>` (all persons together, where there are several)."
+    "The numbers of a finished run by name. Pre-training: `<modality> n_train`, `val_loss`, and of autoencoders `r2`, `r`, `best interpolation r2`, `wiener r2`. Else every test score: `<model> <metric>` (all persons together, where there are several)."
     path, out = Path(path), {}
     if (path/"pretrain.json").exists():
         for modality, v in read_json(path/"pretrain.json").items():
             rows = {r["model"]: r for r in v["masked"]}
-            out |= {f"{modality} r2": rows["mae"]["r2"], f"{modality} r": rows["mae"]["r"], f"{modality} n_train": v.get("n_train")}
+            out |= {f"{modality} n_train": v.get("n_train"), f"{modality} val_loss": min((r["val_loss"] for r in v.get("history", []) if "val_loss" in r), default=None)}
+            if "mae" not in rows: continue                                                # TF-C fills nothing in
+            out |= {f"{modality} r2": rows["mae"]["r2"], f"{modality} r": rows["mae"]["r"]}
             fixed = {k: r["r2"] for k, r in rows.items() if k not in ("mae", "wiener") and r["r2"] is not None}
             out |= {f"{modality} best interpolation r2": max(fixed.values(), default=None), f"{modality} wiener r2": rows.get("wiener", {}).get("r2")}
     if (path/"scores.json").exists():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ClipConf', 'train_clip', 'fit_low', 'embed_pictures', 'PretrainConf', 'person_sides', 'subjects_of', 'Chain',
-           'stand_ins', 'foreign_views', 'pretrain', 'MatchConf', 'picture_vectors', 'CategoryRidge', 'match_network',
-           'match', 'fuse', 'match_protocol', 'match_scores']
+           'stand_ins', 'foreign_views', 'pretrain', 'MatchConf', 'picture_vectors', 'CategoryRidge', 'load_pretrained',
+           'match_network', 'match', 'fuse', 'match_protocol', 'match_scores']
 
 # %% ../../nbs/train/77_matching.ipynb #d9df6c2d
 from pathlib import Path
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from ..config import Config, no_id
-from ..core import SynapseError, atomic_path, check_file, rng, set_seed
+from ..core import SynapseError, atomic_path, check_file, read_json, rng, set_seed
 from ..data.splits import check_split
 from ..data.windows import Windows
 from ..dist import from_main, is_main, main_first
@@ -27,6 +27,7 @@ from ..models.match import MatchModel, match_step
 from ..models.zoo import create_encoder
 from ..selfsup.mae import MAE, evaluate_mae, load_mae, mae_step, save_mae
 from ..selfsup.masking import min_block
+from ..selfsup.tfc import TFC, load_tfc, tfc_step
 from ..stimuli.embed import ArrayDataset, clip_dataset, clip_step, embed_images, embed_texts, load_clip, make_tiny_clip
 from ..stimuli.images import make_pictures
 from .decoding import NetworkConf, TooFewTrials, cut_windows, make_splits
@@ -83,10 +84,12 @@ def embed_pictures(encoder: str, images, cache_dir=None) -> np.ndarray:
 
 # %% ../../nbs/train/77_matching.ipynb #0ab7d721
 class PretrainConf(OnWindows):
-    """A masked autoencoder on all persons' training windows of each modality. `mask`: `block`, longer than a period of `f_max` (Hz), or `random` patches. `betas`, `warmup` (part of the run), `grad_clip`: of its AdamW. `linear`: the decoder's output is added to the Wiener interpolator's (`selfsup.mae.LinearFill`).
+    """A masked autoencoder (or, with `method` `tfc`, time-frequency consistency; `tfc` holds the options of `TFC`) on all persons' training windows of each modality. `mask`: `block`, longer than a period of `f_max` (Hz), or `random` patches. `betas`, `warmup` (part of the run), `grad_clip`: of its AdamW. `linear`: the decoder's output is added to the Wiener interpolator's (`selfsup.mae.LinearFill`).
 
     `n_train`: so many training windows of a modality in all, shared equally between persons and `foreign` studies (their windows are trained on, never tested)."""
     kind: Literal["pretrain"] = "pretrain"
+    method: Literal["mae", "tfc"] = "mae"
+    tfc: dict = {}
     preset: str = "tiny"
     patch: int = 4
     mask: Literal["block", "random"] = "block"
@@ -160,7 +163,7 @@ def foreign_views(prepared: Prepared, modality: str, like: View, conf: PretrainC
     return out
 
 def pretrain(prepared: Prepared, conf: PretrainConf, folder, foreign=()) -> dict:
-    "Pre-train one autoencoder a modality, written to `folder/<modality>`; gives for each the history, the rows of `evaluate_mae` on test windows, and how many windows were trained on. `foreign`: prepared studies of `conf.foreign`."
+    "Pre-train one model a modality, written to `folder/<modality>`; gives for each the history, the rows of `evaluate_mae` on test windows (none for TF-C), and how many windows were trained on. `foreign`: prepared studies of `conf.foreign`."
     out = {}
     for modality in prepared.stores:
         who = subjects_of(prepared, modality)
@@ -174,11 +177,12 @@ def pretrain(prepared: Prepared, conf: PretrainConf, folder, foreign=()) -> dict
         first = people[0]["train"]
         set_seed(conf.seed)
         some = lambda s, n: sides[s].__getitems__(np.linspace(0, len(sides[s]) - 1, min(n, len(sides[s]))).astype(int).tolist())["x"].numpy()
-        model = MAE(first.n_chans, first.n_times, patch=conf.patch, preset=conf.preset, mask=conf.mask, mask_ratio=conf.mask_ratio, min_len=min_block(first.sfreq, conf.patch, conf.f_max), linear=conf.linear)
-        if conf.linear: model.fit_linear(some("train", 500))
-        history = train_model(model, mae_step, sides["train"], sides["val"], conf.train, seed=conf.seed, desc=f"pre-train {modality}", betas=conf.betas, warmup=conf.warmup, grad_clip=conf.grad_clip)
+        if conf.method == "tfc": model = TFC(first.n_chans, first.n_times, patch=conf.patch, **conf.tfc)
+        else: model = MAE(first.n_chans, first.n_times, patch=conf.patch, preset=conf.preset, mask=conf.mask, mask_ratio=conf.mask_ratio, min_len=min_block(first.sfreq, conf.patch, conf.f_max), linear=conf.linear)
+        if conf.linear and conf.method == "mae": model.fit_linear(some("train", 500))
+        history = train_model(model, mae_step if conf.method == "mae" else tfc_step, sides["train"], sides["val"], conf.train, seed=conf.seed, desc=f"pre-train {modality}", betas=conf.betas, warmup=conf.warmup, grad_clip=conf.grad_clip)
         save_mae(model, Path(folder)/modality)
-        out[modality] = {"history": list(history), "masked": evaluate_mae(model, some("test", 200), train=some("train", 500), seed=conf.seed), "n_train": len(sides["train"])}
+        out[modality] = {"history": list(history), "masked": evaluate_mae(model, some("test", 200), train=some("train", 500), seed=conf.seed) if conf.method == "mae" else [], "n_train": len(sides["train"])}
     return out
 
 # %% ../../nbs/train/77_matching.ipynb #e0299253
@@ -227,11 +231,16 @@ class CategoryRidge:
     def predict(self, X) -> np.ndarray: return self.classifier.predict_proba(X) @ self.means + self.rest.predict(X)
 
 # %% ../../nbs/train/77_matching.ipynb #6896c82c
+def load_pretrained(folder):
+    "The encoder that a pretrain run left in `folder`, a masked autoencoder's or a TF-C's. Raises `SynapseError` when there is none."
+    check_file(folder, "pre-trained encoder")
+    return (load_mae if "preset" in read_json(check_file(Path(folder)/"config.json", "checkpoint")) else load_tfc)(folder).encoder
+
 def match_network(sides: dict, conf: MatchConf, modality: str, out_dim: int, pretrained: bool = False):
     "A pre-trained or a fresh encoder under a matching head."
     first = sides["train"]
     set_seed(conf.seed)
-    if pretrained: encoder = load_mae(check_file(Path(conf.pretrained)/modality, "pre-trained encoder")).encoder
+    if pretrained: encoder = load_pretrained(Path(conf.pretrained)/modality)
     else: encoder = create_encoder(conf.network.name, first.n_chans, first.n_times, first.sfreq, first.chs_info, **conf.network.options)
     return MatchModel(encoder, out_dim, loss=conf.loss, normalise="image" if "mse" in conf.loss else "both", pool="flatten")
 
