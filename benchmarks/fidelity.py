@@ -26,6 +26,7 @@ from synapse_nb.train.loop import Callback  # noqa: E402
 
 PRESET, SFREQ, WINDOW = "eeg2", 100., (0., .8)
 MODELS = ["ridge", "mlp", "EEGNet", "Deep4Net", "ShallowFBCSPNet", "ATCNet", "EEGConformer", "BrainModule", "encoding"]
+PAD = {"ShallowFBCSPNet": 120}              # its pooling needs 99 samples: its trials end in zeros (the mean, after whitening)
 unit = lambda a: a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-9)
 
 
@@ -82,6 +83,17 @@ class Say(Callback):
     def on_epoch_end(self, run): print("    " + "  ".join(f"{k} {v:.4g}" for k, v in run.row.items() if k != "lr"), flush=True)
 
 
+class Clock(Callback):
+    "Stop before an epoch that would end after `minutes` of this call; the same command goes on from there."
+    order = 110
+    def __init__(self, minutes): self.minutes, self.at = minutes, None
+    def on_fit_start(self, run): self.start = self.at = time.time()
+    def on_epoch_end(self, run):
+        now = time.time(); late = (now - self.start + now - self.at) / 60 > self.minutes; self.at = now
+        if late and run.epoch_idx < run.n_epochs and not run.stop: run.stop = self.stopped = True
+    stopped = False
+
+
 def network(name, d, seed, a, lr=1e-3, batch=32, patience=2):
     "Every network: AdamW, a cosine with warm-up, contrastive one way with the target normalised, as NeuralBench; the weights of the epoch with the lowest loss on validation concepts."
     from synapse_nb.models.bridge import braindecode_model
@@ -90,10 +102,10 @@ def network(name, d, seed, a, lr=1e-3, batch=32, patience=2):
     from synapse_nb.train.callbacks import EarlyStopping, LastCheckpoint, warmup_cosine
     from synapse_nb.train.loop import fit
     torch.manual_seed(seed)
-    train, val = halves(d, seed); scale = whitened(d["X"], train)
+    train, val = halves(d, seed); white, n_times = whitened(d["X"], train), PAD.get(name, d["X"].shape[2]); scale = lambda x: torch.nn.functional.pad(white(x), (0, n_times - d["X"].shape[2]))
     zc = d["z"] - d["z"][train].mean(0)
     d = {**d, "labels": {"z": unit(zc).astype(np.float32), "picture": np.unique(d["z"], axis=0, return_inverse=True)[1].ravel()}}
-    kw = dict(n_chans=d["X"].shape[1], n_times=d["X"].shape[2], n_outputs=64, sfreq=d["sfreq"], chs_info=d["info"])
+    kw = dict(n_chans=d["X"].shape[1], n_times=n_times, n_outputs=64, sfreq=d["sfreq"], chs_info=d["info"])
     model = create_model(name, **kw) if name == "mlp" else braindecode_model(name, **kw)
 
     def step(model, b):
@@ -104,12 +116,12 @@ def network(name, d, seed, a, lr=1e-3, batch=32, patience=2):
     precision = "bf16" if torch.backends.mkldnn.is_available() and "avx512_bf16" in open("/proc/cpuinfo").read() else "fp32"
     t0 = time.process_time()
     history = fit(model, step, Sampled(d, train, batch, len(train), seed, scale), val_loader=Sampled(d, val, batch, len(val) // batch * batch, None, scale), resume=kept, n_epochs=a.epochs, lr=lr, weight_decay=.01,
-                  callbacks=[stop := EarlyStopping(patience), warmup_cosine(.05), Say(), LastCheckpoint(kept)], device="cpu", precision=precision, grad_clip=1., seed=seed)
+                  callbacks=[stop := EarlyStopping(patience), warmup_cosine(.05), Say(), clock := Clock(a.minutes), LastCheckpoint(kept)], device="cpu", precision=precision, grad_clip=1., seed=seed)
     spent = time.process_time() - t0
     model.eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"): out = np.concatenate([model(scale(d["Xt"][i:i + 250])).float().numpy() for i in range(0, len(d["Xt"]), 250)])
     return dict(similar=out @ unit(d["zt"] - d["z"][train].mean(0)).T, spent=spent, epochs=len(history), best_epoch=stop.best_epoch, val_loss=float(stop.best), val_two_way=history[stop.best_epoch]["val_two_way"],
-                parameters=sum(p.numel() for p in model.parameters()), precision=precision, lr=lr, batch=batch)
+                parameters=sum(p.numel() for p in model.parameters()), unfinished=clock.stopped, precision=precision, lr=lr, batch=batch)
 
 
 def closed(name, d, seed, a):
@@ -130,6 +142,8 @@ def cell(seed, name, a):
     t0 = time.process_time(); d = trials(seed, a); print(f"  {name}, seed {seed}", flush=True)
     r = (closed if name in ("ridge", "encoding") else network)(name, d, seed, a); similar = r.pop("similar"); at = {k: mean_of(similar[:200 * k], d["shown"][:200 * k]) for k in (12, a.repeats) if k <= a.repeats}
     facts = r | dict(version=d["version"], trials=len(d["z"]), cpu_s=time.process_time() - t0)
+    if facts.get("unfinished"): path = path.with_suffix(".part.npz")
+    else: path.with_suffix(".part.npz").unlink(missing_ok=True)
     tmp = path.with_suffix(".tmp.npz"); np.savez_compressed(tmp, rank=ranks(similar, d["shown"]).astype(np.float32), shown=d["shown"], facts=json.dumps(facts, default=float), **{f"mean_{k}": ranks(v, np.arange(200)).astype(np.float32) for k, v in at.items()}); tmp.replace(path)
 
 
@@ -158,13 +172,13 @@ def describe(name, cells):
     top5 = lambda k: 100 * np.mean([(c[k] < 5).mean() for c in cells]); low, high = over_pictures(lambda i: two(mean[i]), cells)
     c = cells[0]; f = c["facts"]
     return (f"  {name:16s} {len(cells)} seed{'s' * (len(cells) > 1)}  single: top-5 {top5('one'):5.2f} two-way {two(one):5.2f} S {np.mean([s_of(c['one']) for c in cells]):.3f}   mean of {c['repeats']}: top-1 {100 * np.mean([(c['mean'] < 1).mean() for c in cells]):5.1f} top-5 {top5('mean'):5.1f} "
-            f"two-way {two(mean):5.1f} [{low:.1f}, {high:.1f}] S {np.mean([s_of(c['mean']) for c in cells]):6.2f}   {sum(c['facts']['cpu_s'] for c in cells):5.0f} CPU s" + (f", best of {f['epochs']} epochs: {f['best_epoch'] + 1}" if "epochs" in f else ""))
+            f"two-way {two(mean):5.1f} [{low:.1f}, {high:.1f}] S {np.mean([s_of(c['mean']) for c in cells]):6.2f}   {sum(c['facts']['cpu_s'] for c in cells):5.0f} CPU s" + (f", best of {f['epochs']} epochs: {f['best_epoch'] + 1}" if "epochs" in f else "") + (" (UNFINISHED)" if f.get("unfinished") else ""))
 
 
 def judged(have, a):
     "The bars of the study's own test."
     from scipy.stats import spearmanr
-    rows, nets = [], [k for k in PUBLISHED if k in have]
+    rows, nets = [], [k for k in PUBLISHED if k in have]; partly = [k for k in nets if any(c["facts"].get("unfinished") for c in have[k])]
     value = lambda k, i=slice(None): np.mean([-c["mean"][i].mean() for c in have[k]])
     rho = lambda i=slice(None): spearmanr([PUBLISHED[k] for k in nets], [value(k, i) for k in nets]).statistic
     above = [k for k in nets if over_pictures(lambda i, k=k: -value(k, i), None)[1] < 99.5]
@@ -173,20 +187,21 @@ def judged(have, a):
     if {"BrainModule", "EEGNet"} <= set(nets):
         s = lambda k, i=slice(None): np.mean([s_of(c["mean"][i]) for c in have[k]]); ratio = lambda i=slice(None): s("BrainModule", i) / max(s("EEGNet", i), 1e-3)
         rows.append(dict(what="S_eff, brain module / EEGNet", ours=float(ratio()), interval=over_pictures(ratio, None, 200), bar="2-8", holds=bool(2 <= ratio() <= 8)))
+    if partly: rows = [r | dict(what=f"{r['what']} (unfinished: {', '.join(partly)})", holds=False) for r in rows]
     return rows
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--quick", action="store_true"), p.add_argument("--report", action="store_true", help="print what is there, run nothing"), p.add_argument("--models", nargs="*", default=MODELS), p.add_argument("--seeds", nargs="*", type=int, default=[0])
-    p.add_argument("--epochs", type=int, default=6), p.add_argument("--trials", type=int, default=20000), p.add_argument("--repeats", type=int, default=80), p.add_argument("--out", type=Path, default=Path("runs/fidelity"))
+    p.add_argument("--epochs", type=int, default=6), p.add_argument("--minutes", type=float, default=1e9, help="of wall time for a network in this call; what is not finished goes on next time"), p.add_argument("--trials", type=int, default=20000), p.add_argument("--repeats", type=int, default=80), p.add_argument("--out", type=Path, default=Path("runs/fidelity"))
     a = p.parse_args()
     if a.quick: a.trials, a.repeats, a.epochs, a.models, a.out = 960, 2, 1, [m for m in a.models if m != "BrainModule"], a.out / "quick"
     a.cache = a.out / "trials"; a.out.mkdir(parents=True, exist_ok=True)
     for seed, name in [] if a.report else [(s, m) for s in a.seeds for m in a.models]:
         try: cell(seed, name, a)
         except Exception as e: print(f"  {name} failed: {type(e).__name__}: {e}", flush=True)
-    have = {m: [load(f) for s in a.seeds if (f := a.out / f"{s}-{m}.npz").exists()] for m in MODELS}
+    have = {m: [load(f) for s in a.seeds for f in [*a.out.glob(f"{s}-{m}.npz"), *a.out.glob(f"{s}-{m}.part.npz")]] for m in MODELS}
     print(f"\npreset {PRESET}, {a.trials:,} training trials, at most {a.epochs} epochs, 200 unseen pictures (chance: top-5 2.5, two-way 50)" + ("   TOY: only shows that it runs" if a.quick else ""))
     for m in MODELS: print(describe(m, have[m]) + (f"   published top-5 {PUBLISHED[m]}" if m in PUBLISHED else ""))
     rows = [] if a.quick else judged({k: v for k, v in have.items() if v}, a)

@@ -171,3 +171,50 @@ def test_gaze_is_seen_at_the_front():
     from synapse_nb.studies.simulate import EEG_NAMES
     strong = np.array(EEG_NAMES)[np.argsort(-np.abs(p.patterns["eeg"][:, -1]))[:12]]
     assert sum(n.startswith(("AF", "Fp", "F")) for n in strong) >= 9, strong
+
+
+def test_a_second_of_film_is_worth_three_pictures():
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    from _study import film_second
+    assert PRESETS["film"].version == "1" and 2.2 < film_second(range(300, 306)) < 4           # set to 3 on other people (500-503)
+
+
+def two_way(d, step=5):
+    "Two-way identification of single trials by ridge, and its probability when pictures are exchanged."
+    from synapse_nb.evaluate.ceiling import ranks
+    flat = lambda x: x[..., :x.shape[-1] // step * step].reshape(*x.shape[:2], -1, step).mean(-1).reshape(len(x), -1)
+    A, B = flat(d["X"]), flat(d["X_test"]); mean, sd = A.mean(0), A.std()
+    A, B = ((x - mean).clip(-6 * sd, 6 * sd) / sd for x in (A, B)); z = d["z"] - d["z"].mean(0)
+    C = A.T @ A; out = B @ np.linalg.solve(C + .3 * np.trace(C) / len(C) * np.eye(len(C)), A.T @ z)
+    unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)
+    similar = unit(out) @ unit(d["gallery"] - d["z"].mean(0)).T; g, n = np.random.default_rng(0), len(d["gallery"])
+    value = lambda target: 1 - ranks(similar, target).mean() / (n - 1)
+    own, null = value(d["target"]), [value(g.permutation(n)[d["target"]]) for _ in range(199)]
+    return own, (1 + sum(v >= own for v in null)) / 200
+
+
+@pytest.fixture(scope="module")
+def rapid():
+    from synapse_nb.studies.simulate import simulate_trials
+    return simulate_trials("eeg1", 1500, 6, n_test=60, test_repeats=6, snr=.95, window=(-.1, 100, 100.))
+
+
+def test_controls_of_a_run(rapid):
+    from synapse_nb.studies.simulate import controls
+    own, p = two_way(rapid); found = {k: two_way(c) for k, c in controls(rapid)}
+    assert own > .55 and p < .02, (own, p)
+    for k in ("shuffled", "no signal"): assert found[k][0] < own - .03 and found[k][1] > .02, (k, found)
+    assert found["shifted"][0] < own - .03, found
+    assert found["previous"][0] > .52 and found["previous"][1] < .05, found         # at ten a second the picture before is still there
+    assert found["eyes"][0] < own
+
+
+@pytest.mark.slow
+def test_no_signal_gives_uniform_p():
+    "200 studies without any response: every p is as probable as another."
+    from scipy.stats import kstest
+    from synapse_nb.studies.simulate import simulate_trials
+    p = [two_way(simulate_trials("easy", 120, s, n_test=30, test_repeats=2, snr=0., session_noise=0., n_meg=24, window=(0., 40, 100.)))[1] for s in range(200)]
+    assert kstest(np.array(p) - np.random.default_rng(0).uniform(0, 1 / 200, 200), "uniform").pvalue > .01 and .01 <= np.mean(np.array(p) <= .05) <= .10

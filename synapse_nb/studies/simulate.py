@@ -22,7 +22,7 @@ __all__ = ['PRESETS', 'CENTRE', 'HEAD', 'EEG_NAMES', 'EEG_REFERENCE', 'Preset', 
            'regressors', 'weight_variance', 'burst', 'Person', 'make_person', 'add_sensors', 'Clock', 'make_clock',
            'make_schedule', 'simulate_run', 'photodiode', 'trigger_line', 'Truth', 'load_truth', 'simulate_study',
            'make_things', 'TrialModel', 'trial_blocks', 'noise_covariance', 'response_spectra', 'relatives', 'evidence',
-           'simulate_trials']
+           'plan_trials', 'simulate_trials', 'controls']
 
 # %% ../../nbs/studies/21_simulate.ipynb #da26cf5b
 @dataclass(frozen=True)
@@ -93,14 +93,14 @@ class Preset:
 
     def of(self, name: str, modality: str) -> float: return dict(getattr(self, name))[modality]
 
-# %% ../../nbs/studies/21_simulate.ipynb #28c47497
+# %% ../../nbs/studies/21_simulate.ipynb #f2f030f3
 _HARD = dict(mean=1.0, white=(("meg", 5e-13), ("eeg", 6e-6)), subject_sd=.55, decline=.15, drift=.2, gain_sd=.4, lapse=.04, jitter=.005, jitter_early=.006, jitter_late=.02, adaptation=.15, session_noise=.04, eye=.15)
 PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset(),
     Preset(name="meg", version="2", snr=.1411, modalities=("meg",), soa=1.5, soa_jitter=.2, duration=.5, n_meg=271, window=(-.1, 281, 200.), **_HARD),
     Preset(name="eeg1", version="2", snr=.1445, modalities=("eeg",), soa=.1, soa_jitter=0., duration=.05, suppression=.8, window=(-.1, 275, 250.), **_HARD),
     Preset(name="eeg2", version="2", snr=.1718, modalities=("eeg",), soa=.2, soa_jitter=0., duration=.1, window=(-.1, 250, 250.), **_HARD),
-    Preset(name="film", version="0", snr=.1411, modalities=("meg",), soa=.0667, soa_jitter=0., duration=.0667, suppression=.8, **_HARD))}
+    Preset(name="film", version="1", snr=.08, modalities=("meg",), soa=.0667, soa_jitter=0., duration=.0667, suppression=.8, **_HARD))}
 
 def get_preset(preset: str | Preset, **changes) -> Preset:
     "A preset by name, with changes. Raises `SynapseError` for a name or a parameter that does not exist."
@@ -872,22 +872,47 @@ def evidence(m: TrialModel, x, plan, rows, latency=None, gain=None) -> tuple[np.
             g[j] = np.einsum("kf,lf,fkl->kl", hw.conj(), hw, q, optimize=True).real
     return b, g
 
-# %% ../../nbs/studies/21_simulate.ipynb #7834cc1b
-def simulate_trials(preset: str | Preset = "meg", n: int = 1000, seed: int = 0, subject: str = "sub-01", n_test: int = 200, test_repeats: int = 1, **changes):
-    """Training and test windows in memory: dict with `X` (n, C, T) float32, `z` (n, 64), `table`, and the same as `X_test`, `z_test`, `table_test`; `model` (a `TrialModel`), `plan`, `plan_test`, `known_test`.
+# %% ../../nbs/studies/21_simulate.ipynb #a83b53d2
+def plan_trials(preset: str | Preset = "meg", n: int = 1000, seed: int = 0, subject: str = "sub-01", n_test: int = 200, test_repeats: int = 1, **changes) -> dict:
+    """Who sees what, before any window is made: dict with `model` (a `TrialModel`), `z` (n, 64), `table`, `plan`, the same as `z_test`, `table_test`, `plan_test`, the test pictures `gallery` (n_test, 64) and which of them each test trial shows, `target`.
 
-    Test pictures are of concepts that training does not have, each shown `test_repeats` times in random order; twelve pictures a training concept at most, each shown once."""
+    Test pictures are of concepts that training does not have, each shown `test_repeats` times in random order; twelve pictures a training concept at most, each shown once.
+    Hand `z` and `plan` to `trial_blocks` (key "train" or "test") for windows that do not fit in memory."""
     m = TrialModel(preset, seed, subject, **changes)
     z, table = make_things(max(1, -(-n // 12)), 12, seed)
     order = rng(seed, subject, "order").permutation(len(z))[:n]
     zt, tt = make_things(n_test, 1, seed, key="test")
     shown = np.concatenate([rng(seed, subject, "test order", k).permutation(n_test) for k in range(test_repeats)])
-    out = dict(model=m, z=z[order], table=table.iloc[order].reset_index(drop=True), z_test=zt[shown], table_test=tt.iloc[shown].reset_index(drop=True), gallery=zt, target=shown)
-    for end, rep in (("", None), ("_test", np.repeat(np.arange(test_repeats), n_test))):
-        plan = out["plan" + end] = _plan_trials(m, out["z" + end], "test" if end else "train", rep)
-        x = out["X" + end] = np.empty((len(plan["gain"]), m.n_chans, m.n_times), np.float32)
-        known = out["known" + end] = np.empty_like(x) if end else None
-        for rows, block, part in trial_blocks(m, out["z" + end], "test" if end else "train", plan=plan):
+    return dict(model=m, z=z[order], table=table.iloc[order].reset_index(drop=True), z_test=zt[shown], table_test=tt.iloc[shown].reset_index(drop=True), gallery=zt, target=shown,
+                plan=_plan_trials(m, z[order], "train"), plan_test=_plan_trials(m, zt[shown], "test", np.repeat(np.arange(test_repeats), n_test)))
+
+# %% ../../nbs/studies/21_simulate.ipynb #071fcb7d
+def simulate_trials(preset: str | Preset = "meg", n: int = 1000, seed: int = 0, subject: str = "sub-01", n_test: int = 200, test_repeats: int = 1, **changes) -> dict:
+    "`plan_trials` and its windows in memory: also `X` (n, C, T) and `X_test`, float32 in T or V, and `known_test`, what a genie may take away from `X_test`."
+    out = plan_trials(preset, n, seed, subject, n_test, test_repeats, **changes)
+    for end, key in (("", "train"), ("_test", "test")):
+        shape = len(out["z" + end]), out["model"].n_chans, out["model"].n_times
+        x = out["X" + end] = np.empty(shape, np.float32)
+        known = out["known" + end] = np.empty(shape, np.float32) if end else None
+        for rows, block, part in trial_blocks(out["model"], out["z" + end], key, plan=out["plan" + end]):
             x[rows] = block
             if end: known[rows] = part
     return out
+
+# %% ../../nbs/studies/21_simulate.ipynb #c8a741fd
+def controls(d: dict, seed: int = 0):
+    """Yields (name, trials) for the trials of `simulate_trials`, changed in one way each; a decoder is fitted on `X`, `z` and scored on `X_test`, `gallery`, `target` of each as on the real ones.
+
+    At chance: `shuffled` labels, `shifted` by a trial (in training only), `no signal` (the same noise without responses). Told: `eyes` (the tenth of the sensors that gaze reaches most), `previous` (the picture before)."""
+    m, gaze = d["model"], np.abs(d["model"].person.noise[d["model"].modality]["gaze"]).sum(1)
+    eyes = np.sort(np.argsort(-gaze)[:max(4, m.n_chans // 10)])
+    yield "shuffled", d | dict(z=d["z"][rng(seed, "controls").permutation(len(d["z"]))])
+    yield "shifted", d | dict(z=np.roll(d["z"], 1, 0))
+    yield "no signal", d | {"X" + end: _only_noise(m, d["plan" + end], key, len(d["z" + end])) for end, key in (("", "train"), ("_test", "test"))}
+    yield "eyes", d | dict(X=d["X"][:, eyes], X_test=d["X_test"][:, eyes])
+    yield "previous", d | dict(X=d["X"][1:], z=d["z"][:-1], X_test=d["X_test"][1:], target=d["target"][:-1])
+
+def _only_noise(m, plan, key, n, block=500):
+    "The noise that `trial_blocks` adds, alone: (n, C, T)."
+    parts = [np.arange(a, min(a + block, n)) for a in range(0, n, block)]
+    return np.concatenate([_noise(m, plan, rows, rng(m.seed, m.subject, m.modality, key, "noise", rows[0]))[0] for rows in parts])
