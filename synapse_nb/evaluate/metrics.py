@@ -511,6 +511,7 @@ def group_score(metric: str, hits, chance: float | None = None, *, n_boot: int =
     value, boot, (sd, df) = float(np.nanmean(H)), crossed_bootstrap(H, n_boot=n_boot, seed=seed), _crossed_sd(H)
     scale = sd / max(boot.std(), 1e-12) * _stats.t.ppf((1 + level) / 2, df) / _stats.norm.ppf((1 + level) / 2)      # the bootstrap's shape at the unbiased spread
     low, high = (value + (np.quantile(boot, q) - value) * scale for q in ((1 - level) / 2, (1 + level) / 2))
+    if np.nanmin(H) >= 0 and np.nanmax(H) <= 1: low, high = max(low, 0.0), min(high, 1.0)          # two people say so little that the interval would leave the scale
     note = f"CI: crossed bootstrap of {H.shape[0]} people × {H.shape[1]} pictures"
     if len(H) <= 5 and chance is not None:
         each = [_bootstrap_mean(metric, r[np.isfinite(r)], chance, None, 500, level, seed, {}) for r in H]

@@ -173,7 +173,7 @@ def every_ceiling(single: dict) -> dict:
     if single: out["meg+eeg" if len({m for m, _ in single}) > 1 else next(iter(single))[0], "all", "averaged"] = together(list(single.values()))
     return out
 
-# %% ../../nbs/evaluate/57_study_ceiling.ipynb #ad37e651
+# %% ../../nbs/evaluate/57_study_ceiling.ipynb #a4e57a01
 def share_of_attainable(score: Score, reached: float) -> float:
     "(score - chance) / (attainable - chance); NaN where nothing is attainable above chance."
     return (score.value - score.chance) / (reached - score.chance) if reached > score.chance + 1e-9 else float("nan")
@@ -186,5 +186,5 @@ def ceiling_table(scores, ceilings: dict) -> pd.DataFrame:
         if not single: where = next((k for k in ceilings if k[2] == "averaged"), None)
         if s.split != "test" or where not in ceilings or s.metric in ("log_loss", "ece"): continue
         c = ceilings[where]; n = max(c.attainable); top, can = (ceiling_value(s.metric, c, w) for w in ("oracle", n))
-        rows.append({"model": s.model, "subject": s.subject, "trials": "single" if single else s.protocol.unit, "metric": s.metric.replace("_", " "), "score": s.value, "chance": s.chance, "attainable(N)": can, "N": n, "oracle_m": top, "share of attainable above chance": share_of_attainable(s, can)})
+        rows.append({"model": s.model, "subject": s.subject, "trials": "single" if single else s.protocol.unit, "metric": s.metric.replace("_", " "), "score": s.value, "chance": s.chance, "attainable(N)": can, "N": n, "oracle_m": top, "share above chance": share_of_attainable(s, can)})
     return pd.DataFrame(rows)

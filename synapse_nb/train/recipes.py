@@ -168,7 +168,7 @@ def ceiling_curve(ceilings: dict, modality: str, metric: str):
     if not own: return {}, None
     return {n: float(np.mean([ceiling_value(metric, c, n) for c in own])) for n in sorted(set.intersection(*(set(c.attainable) for c in own)))}, float(np.mean([ceiling_value(metric, c) for c in own]))
 
-# %% ../../nbs/train/80_recipes.ipynb #dfc5f82e
+# %% ../../nbs/train/80_recipes.ipynb #e5e87177
 def ceilings_of(ready: Prepared, conf, least: int = 100) -> dict:
     "Ceilings of everything that a run on a simulated study scores (see `every_ceiling`); {} where the truth is not there, the question is not the category or the picture, or fewer than `least` trials train."
     truth = simulated_truth(getattr(ready.study, "root", None))
@@ -187,7 +187,8 @@ def ceiling_section(report: Report, scores, ceilings: dict) -> pd.DataFrame:
     table = ceiling_table(scores, ceilings)
     if not len(table): return table
     table = table[~table["model"].str.startswith("chance")].reset_index(drop=True); all_of_them = table["subject"] == scores_of(scores)
-    report.section("How much of the possible", "attainable(N): the best that can be done by who knows the kind of study, its noise and its people, but has to learn this person from N training trials. oracle_m: by who knows all but the trial's gain and jitter." + CEILING_WORDS[True], table[all_of_them].reset_index(drop=True), *([folded("Each person", table[~all_of_them].reset_index(drop=True))] if (~all_of_them).any() else []))
+    through = " For retrieval they compare what the pictures truly are; what the run's image encoder loses of that counts against the run." if table["metric"].str.contains("top|pairwise").any() else ""
+    report.section("How much of the possible", "attainable(N): the best that can be done by who knows the kind of study, its noise and its people, but has to learn this person from N training trials. oracle_m: by who knows all but the trial's gain and jitter. The share is (score - chance) / (attainable(N) - chance)." + CEILING_WORDS[True] + through, table[all_of_them].reset_index(drop=True), *([folded("Each person", table[~all_of_them].reset_index(drop=True))] if (~all_of_them).any() else []))
     for r in table.itertuples(index=False):
         print(f"  {r[1]:<5} {r[0]:<22} {r[2]:<10} {r[3]:<24} {r[4]:.3f} is {100 * r[9]:.0f} % of what {r[7]} trials allow above chance ({r[6]:.3f}; oracle_m {r[8]:.3f})", flush=True)
     return table
@@ -291,7 +292,7 @@ def people_by_pictures(done, scores) -> dict:
         out[s.model, s.metric, s.protocol.id] = group_score("share right", hits.to_numpy(), s.chance)
     return out
 
-# %% ../../nbs/train/80_recipes.ipynb #e7b30fe4
+# %% ../../nbs/train/80_recipes.ipynb #046a0f2b
 def _check_match(conf: MatchConf) -> None:
     if not conf.encoder: raise SynapseError("A match recipe needs encoder = '…': the folder of a clip run (…/clip) or a hub id such as openai/clip-vit-large-patch14.")
 
@@ -312,7 +313,8 @@ def match_report(conf: MatchConf, ready: Prepared, table: pd.DataFrame, scores, 
     report = Report(conf.name, "Which picture was it?", seed=conf.seed, config=to_toml(conf))
     ceilings = ceilings_of(ready, conf) if ceilings is None else ceilings
     for s in [s for s in scores if s.metric == "top_5" and s.protocol.headline][:8]: report.headline(s, f"{s.model}, {s.protocol.unit}: among the first 5 of {s.protocol.gallery.size}")
-    people_section(report, _of_each_person(table, conf, pictures, z)); ceiling_section(report, scores, ceilings)
+    own = _of_each_person(table, conf, pictures, z)
+    people_section(report, own, _match_groups(table, own, pictures, z)); ceiling_section(report, scores, ceilings)
     pairs_section(report, table, conf, pictures, z); retrieval_section(report, table, pictures, z); sheet_section(report, table, pictures, z); match_curve_section(report, ready, conf, scores, pictures, z, ceilings)
     refused_section(report, ready); alignment_section(report, ready); evoked_section(report, ready, conf)
     report.section("Training", plot_losses(histories)); report.section("All scores", scores)
@@ -327,10 +329,20 @@ def retrieval_section(report: Report, table: pd.DataFrame, pictures, z) -> None:
     for (m, k), r in test.groupby(["model", "modality"]): curves[f"{m} ({k}), single trial"] = top_k_curve(_vectors(r), gallery, r["image"].map(number).to_numpy())
     report.section("Retrieval", f"How often the right picture is among the first k of {len(names)} that nobody trained on.", plot_retrieval_curve(curves))
 
-# %% ../../nbs/train/80_recipes.ipynb #eac16539
+# %% ../../nbs/train/80_recipes.ipynb #912b52a7
 def _of_each_person(table: pd.DataFrame, conf: MatchConf, pictures, z) -> list[Score]:
     "Top-1 and top-5 of single trials, each person alone."
     return [s.tagged(subject=who) for who, rows in table.groupby("subject") for s in match_scores(rows, conf, pictures, z) if s.protocol.unit == "single" and s.metric in ("top_1", "top_5")]
+
+def _match_groups(table: pd.DataFrame, own, pictures, z) -> dict:
+    "(model, metric, protocol id) -> top-k over people × pictures with its crossed interval, where there are several people."
+    out, test = {}, table[table["side"] == "test"]
+    if test["subject"].nunique() < 2: return out
+    for s in {(s.model, s.metric, s.protocol.id): s for s in own}.values():
+        name, _, modality = s.model.rstrip(")").rpartition(" ("); r = test[(test["model"] == name) & (test["modality"] == modality)]; names, gallery, target = _test_gallery(r, pictures, z)
+        hits = pd.Series(n_way_hits(cosine_similarity(_vectors(r), gallery), target, len(names), int(s.metric[4:]))).groupby([r["subject"].to_numpy(), r["image"].to_numpy()]).mean().unstack()
+        out[s.model, s.metric, s.protocol.id] = group_score(s.metric, hits.to_numpy(), s.chance)
+    return out
 
 def _test_gallery(rows: pd.DataFrame, pictures, z):
     "(names of the pictures, their centred embeddings, column of each row's picture) of a table of test trials."
@@ -357,7 +369,7 @@ def pairs_section(report: Report, table: pd.DataFrame, conf: MatchConf, pictures
             names, gallery, target = _test_gallery(r, pictures, z); hits[model] = pd.Series(n_way_hits(cosine_similarity(_vectors(r), gallery), target, len(names), 5)).groupby([r["subject"].to_numpy(), r["image"].to_numpy()]).mean().unstack().to_numpy()
         ours = [m for m in hits if m not in (*conf.baselines, "category + ridge")]
         rows += [dict(modality=modality, model=a, against=b, **compare_models(hits[a], hits[b], seed=conf.seed).model_dump()) for a in ours for b in hits if b != a and not (b in ours and ours.index(b) < ours.index(a))]
-    if rows: report.section("Models in pairs", "Difference of top-5 on the same test trials; p_holm is corrected over the table.", pd.DataFrame(rows).assign(p_holm=holm([r["p"] for r in rows])).round(4))
+    if rows: report.section("Models in pairs", f"Difference of top-5 on the same test trials ({rows[0]['test']}); p_holm is corrected over the table.", pd.DataFrame(rows).assign(p_holm=holm([r["p"] for r in rows])).drop(columns=["test", "n_people"]).round(4))
 
 # %% ../../nbs/train/80_recipes.ipynb #b2ea56b9
 def match_curve_section(report: Report, ready: Prepared, conf: MatchConf, scores, pictures, z, ceilings: dict, shares=(0.125, 0.25, 0.5, 1.0)) -> None:
