@@ -218,9 +218,9 @@ def plot_retrieval_curve(curves: dict, title: str = ""):
 def plot_time_generalisation(matrix, times, chance: float = 0.5, title: str = "", unit: str = "AUC", mask=None):
     "Decoding over time (diagonal; `mask` (T,) marks where it is above chance) and training × test time. matrix (T, T) of `evaluate.baselines.time_square` or `decode_time(…, generalise=True)`, times (T,) s."
     M, t = np.asarray(matrix), np.asarray(times); fig, (a, b) = figure(8.5, 3, ncols=2, width_ratios=[1.4, 1]); v = max(abs(M - chance).max(), 1e-3)
-    a.plot(t, np.diag(M), color=COLOURS[0]); chance_line(a, chance); a.axvline(0, color=COLOURS[6], lw=0.8, ls=":"); a.set(xlabel="time (s)", ylabel=unit, title=title)
+    a.plot(t, np.diag(M), color=COLOURS[0]); chance_line(a, chance); a.axvline(0, color=COLOURS[6], lw=0.8, ls=":"); a.set(xlabel="time (s)", ylabel=unit); a.set_title(title, loc="left")
     if mask is not None and np.any(mask): low = min(np.diag(M).min(), chance) - 0.06 * np.ptp(np.r_[np.diag(M), chance]); a.plot(t, np.where(mask, low, np.nan), "s", ms=3, color=COLOURS[3], label="above chance, p < 0.05 over all times")
-    a.legend(fontsize=7, loc="upper left")
+    a.legend(fontsize=7, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     im = b.imshow(M, origin="lower", extent=(t[0], t[-1], t[0], t[-1]), cmap="RdBu_r", vmin=chance - v, vmax=chance + v); b.set(xlabel="test time (s)", ylabel="training time (s)"); fig.colorbar(im, ax=b, label=unit).outline.set_visible(False)
     for line in (b.axhline, b.axvline): line(0, color=COLOURS[6], lw=0.8, ls=":")
     return fig
@@ -290,7 +290,7 @@ def person_tables(scores, groups: dict | None = None) -> list[tuple[str, pd.Data
     for metric, tag in dict.fromkeys((s.metric, s.protocol.id) for s in test):
         rows, here = {}, [s for s in test if (s.metric, s.protocol.id) == (metric, tag)]
         for s in here: rows.setdefault(s.model, {})[s.subject] = s
-        table = pd.DataFrame([{"model": m, **{f"sub-{k}": f(s.value, s.ci_low, s.ci_high) for k, s in by.items()}, "mean [95 % interval]": _mean_text(list(by.values()), (groups or {}).get((m, metric, tag)), f),
+        table = pd.DataFrame([{"model": m, **{f"sub-{k}": f(s.value, s.ci_low, s.ci_high) for k, s in by.items()}, **({"mean [95 % interval]": _mean_text(list(by.values()), (groups or {}).get((m, metric, tag)), f)} if len(by) > 1 else {}),
                                "above chance in": f"{sum(s.above_chance for s in by.values())} of {len(by)}"} for m, by in rows.items()])
         out.append((f"{metric.replace('_', ' ')}, chance {here[0].chance:.3f}, protocol {tag}", table))
     return out

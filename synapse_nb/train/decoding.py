@@ -150,7 +150,7 @@ def run_fused(meg: dict, eeg: dict, encoders: list, scales: dict, split: Split, 
         rows.append(predictions(events, run_model(model, views[s], lambda m, b: call_model(m, b).softmax(-1)), data[s].y, data[s].classes, model=conf.network.name, side=s, **tags))
     return rows, history, pairs
 
-# %% ../../nbs/train/76_decoding.ipynb #9a4aa072
+# %% ../../nbs/train/76_decoding.ipynb #dd289a48
 @dataclass
 class Decoded:
     "What decoding gave: one table of `predictions`, training `histories` by name, the `splits` by person and fold, what was left out."
@@ -183,6 +183,7 @@ def decode_person(prepared: Prepared, subject: str, conf: DecodeConf, trials: st
     out.predictions = pd.concat(rows, ignore_index=True)
     return out
 
+# %% ../../nbs/train/76_decoding.ipynb #707c2059
 def decode(prepared: Prepared, conf: DecodeConf) -> Decoded:
     "Every person of a prepared study; with `window.reject`, once without the rejected trials (`kept`) and once with all (`all`)."
     subjects = sorted({s.meta["subject"] for stores in prepared.stores.values() for s in stores})
@@ -295,11 +296,11 @@ def when_decoded(prepared: Prepared, splits: dict, conf: DecodeConf, modality: s
     times = w.t_first + (np.arange(len(square)) + 0.5) * smooth / w.sfreq
     return dict(times=times, square=square, mask=max_stat(np.diag(square), null)["mask"], chance=0.5 if folds[0] == 2 else 1 / folds[0], n_people=len(set(who)))
 
-# %% ../../nbs/train/76_decoding.ipynb #ac7cf4c0
+# %% ../../nbs/train/76_decoding.ipynb #396251bc
 CURVE = {"lda": {}, "xdawn_tangent": dict(nfilter=2, C=0.1)}           # what is fitted anew on fewer trials; few settings, since it is fitted four times
 
 def training_curve(prepared: Prepared, splits: dict, conf: DecodeConf, modality: str, shares=(0.125, 0.25, 0.5, 1.0)) -> pd.DataFrame:
-    "Test score of linear decoders (those of `CURVE` that are among the baselines) trained on a part of the training trials: rows `model, subject, n, value` (AUC for two classes, else balanced accuracy; mean over folds)."
+    "Test score of linear decoders (those of `CURVE` that are among the baselines) trained on a part of the training trials: rows `model, subject, share, n, value` (AUC for two classes, else balanced accuracy; means over folds)."
     rows = []
     for who, split, w in _each_split(prepared, splits, conf, modality):
         split = replace(split, train=tuple(sorted(set(split.train) & set(w.events["trial_id"]))))
@@ -309,5 +310,5 @@ def training_curve(prepared: Prepared, splits: dict, conf: DecodeConf, modality:
             if not {"train", "test"} <= set(sides) or np.bincount(sides["train"].y, minlength=len(w.classes)).min() < 4: continue
             for p in run_baselines({k: sides[k] for k in ("train", "test")}, {k: v for k, v in CURVE.items() if k in conf.baselines}, dict(modality=modality), conf.split.by):
                 s = score_group(p, Protocol(task=f"category:{len(w.classes)}"), n_perm=1)
-                rows.append((p["model"].iloc[0], who, len(sides["train"]), s.value))
-    return pd.DataFrame(rows, columns=["model", "subject", "n", "value"]).groupby(["model", "subject", "n"], as_index=False).mean()
+                rows.append((p["model"].iloc[0], who, share, len(sides["train"]), s.value))
+    return pd.DataFrame(rows, columns=["model", "subject", "share", "n", "value"]).groupby(["model", "subject", "share"], as_index=False).mean()

@@ -146,11 +146,11 @@ def curve_section(report: Report, ready: Prepared, done, conf, scores, ceilings:
     "Test score against the number of training trials, for each modality; with both ceilings where the study's truth is known."
     items, unit = [], "AUC" if scores[0].metric == "auc" else "balanced accuracy"
     for modality in ready.stores:
-        mean = lambda d: d.groupby("n")["value"].mean().to_dict()
-        table = training_curve(ready, done.splits, conf, modality)
-        curves = {m: mean(t.groupby(["model", "subject", "n"], as_index=False).mean(numeric_only=True)) for m, t in table.groupby("model")}
+        table = training_curve(ready, done.splits, conf, modality).groupby(["model", "share"])[["n", "value"]].mean().reset_index()
+        curves = {m: {int(round(n)): v for n, v in zip(t["n"], t["value"])} for m, t in table.groupby("model")}
         at = max((n for c in curves.values() for n in c), default=1)
-        points = {s.model: (at, s.value) for s in scores if s.split == "test" and s.model == f"{conf.network.name} ({modality})" and s.subject == scores_of(scores)}
+        kept = conf.window.reject is not None                                                          # the curve is of the trials that were kept, so is the point
+        points = {s.model: (at, s.value) for s in scores if s.split == "test" and s.model == f"{conf.network.name} ({modality})" and s.subject == scores_of(scores) and bool(s.protocol.data.exclusions) == kept}
         can, top = ceiling_curve(ceilings, modality, "balanced_accuracy")
         items.append((plot_learning_curve(curves, points, can, top, scores[0].chance, modality.upper(), unit), f"{modality.upper()}: mean over people. The linear decoders were fitted anew on whole pictures or runs of the training trials." + CEILING_WORDS[bool(can)]))
     report.section("From how many trials", *items)
