@@ -7,10 +7,10 @@ __all__ = ['KINDS', 'CEILING_WORDS', 'RUNNERS', 'SimulateConf', 'PrepareConf', '
            'evoked_section', 'confusion_section', 'pictures_section', 'when_section', 'curve_section', 'scores_of',
            'ceiling_curve', 'ceilings_of', 'ceiling_section', 'people_section', 'refused_section', 'print_scores',
            'save_table', 'read_saved', 'decode_report', 'versus_section', 'decode_cards', 'people_by_pictures',
-           'match_report', 'retrieval_section', 'sheet_section', 'pairs_section', 'match_curve_section',
+           'match_report', 'retrieval_section', 'sheet_section', 'delta_s_eff', 'pairs_section', 'match_curve_section',
            'drawing_section', 'resolve_runs', 'run_conf', 'run_recipe', 'dry', 'run_prepare']
 
-# %% ../../nbs/train/80_recipes.ipynb #034d6253
+# %% ../../nbs/train/80_recipes.ipynb #0e0dd9bf
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,8 @@ from ..core import SynapseError, atomic_path, log, suggest, write_json, write_te
 from ..data.preprocess import PRESETS
 from ..dist import is_main, main_first, reduce_max
 from ..evaluate.baselines import list_baselines, make_baseline
-from ..evaluate.metrics import Score, compare_models, group_score, holm
+from ..evaluate.ceiling import expected_topk
+from ..evaluate.metrics import Score, compare_models, crossed_bootstrap, group_score, holm
 from ..evaluate.report import (Html, Report, alignment_table, folded, person_tables, plot_alignment, plot_confusion, plot_evoked_topo, plot_learning_curve, plot_losses, plot_picture_grid,
                                         plot_retrieval_curve, plot_retrieval_sheet, plot_time_generalisation)
 from ..evaluate.retrieval import cosine_similarity, n_way_hits, top_k_curve
@@ -35,7 +36,7 @@ from ..stimuli.images import CATEGORIES
 from .callbacks import FirstStep, SayBatch, keep_states, tracked
 from .decoding import DecodeConf, common_channels, decode, decode_scores, network_against_baselines, probability_scores, training_curve, when_decoded
 from .drawing import DrawConf, draw, draw_scores, train_judge, train_painter
-from .matching import ClipConf, MatchConf, PretrainConf, _vectors, fuse, match, match_scores, person_sides, picture_vectors, pretrain, subjects_of, train_clip
+from .matching import ClipConf, MatchConf, PretrainConf, _vectors, fuse, match, match_scores, person_sides, picture_vectors, pretrain, pretrain_report, subjects_of, train_clip
 from .loop import ALWAYS
 from .runs import RunFolder, run_state_of
 from .stages import OnStudy, Prepared, Recipe, SignalConf, StudyConf, open_study, prepare_study
@@ -329,7 +330,7 @@ def retrieval_section(report: Report, table: pd.DataFrame, pictures, z) -> None:
     for (m, k), r in test.groupby(["model", "modality"]): curves[f"{m} ({k}), single trial"] = top_k_curve(_vectors(r), gallery, r["image"].map(number).to_numpy())
     report.section("Retrieval", f"How often the right picture is among the first k of {len(names)} that nobody trained on.", plot_retrieval_curve(curves))
 
-# %% ../../nbs/train/80_recipes.ipynb #912b52a7
+# %% ../../nbs/train/80_recipes.ipynb #2af95837
 def _of_each_person(table: pd.DataFrame, conf: MatchConf, pictures, z) -> list[Score]:
     "Top-1 and top-5 of single trials, each person alone."
     return [s.tagged(subject=who) for who, rows in table.groupby("subject") for s in match_scores(rows, conf, pictures, z) if s.protocol.unit == "single" and s.metric in ("top_1", "top_5")]
@@ -360,6 +361,15 @@ def sheet_section(report: Report, table: pd.DataFrame, pictures, z) -> None:
     images = np.stack([np.asarray(pictures.load_image(n).resize((64, 64))) for n in names])
     report.section("Retrieval sheet", f"{kind}: everything that a picture evoked, averaged; the model that did best on validation pictures.", plot_retrieval_sheet(images[target], S, target, images, captions=[Path(n).stem for n in names]))
 
+# %% ../../nbs/train/80_recipes.ipynb #bc201ea1
+def delta_s_eff(hits_a, hits_b, n: int, k: int = 5, n_boot: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    "S_eff of model A minus that of B in dB, and its 95 % interval: top-`k` hits (people, pictures) among `n`, people and pictures drawn the same for both. Scores at chance stand at -22 dB."
+    s = np.exp(np.linspace(-5, 6, 400)); db = lambda v: np.interp(v, expected_topk(s, n, k), 10 * np.log10(s))
+    a, b = (db(crossed_bootstrap(np.atleast_2d(h), n_boot=n_boot, seed=seed)) for h in (hits_a, hits_b))
+    low, high = np.quantile(a - b, [0.025, 0.975])
+    return float(db(np.nanmean(hits_a)) - db(np.nanmean(hits_b))), float(low), float(high)
+
+# %% ../../nbs/train/80_recipes.ipynb #956a1ad9
 def pairs_section(report: Report, table: pd.DataFrame, conf: MatchConf, pictures, z) -> None:
     "Each network against each other model: top-5 of single trials, paired over people × pictures, Holm over the table."
     test, rows = table[table["side"] == "test"], []
@@ -368,7 +378,8 @@ def pairs_section(report: Report, table: pd.DataFrame, conf: MatchConf, pictures
         for model, r in part.groupby("model", sort=False):
             names, gallery, target = _test_gallery(r, pictures, z); hits[model] = pd.Series(n_way_hits(cosine_similarity(_vectors(r), gallery), target, len(names), 5)).groupby([r["subject"].to_numpy(), r["image"].to_numpy()]).mean().unstack().to_numpy()
         ours = [m for m in hits if m not in (*conf.baselines, "category + ridge")]
-        rows += [dict(modality=modality, model=a, against=b, **compare_models(hits[a], hits[b], seed=conf.seed).model_dump()) for a in ours for b in hits if b != a and not (b in ours and ours.index(b) < ours.index(a))]
+        db = lambda a, b: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*delta_s_eff(hits[a], hits[b], len(names), seed=conf.seed))
+        rows += [dict(modality=modality, model=a, against=b, **compare_models(hits[a], hits[b], seed=conf.seed).model_dump(), **{"ΔS_eff (dB)": db(a, b)}) for a in ours for b in hits if b != a and not (b in ours and ours.index(b) < ours.index(a))]
     if rows: report.section("Models in pairs", f"Difference of top-5 on the same test trials ({rows[0]['test']}); p_holm is corrected over the table.", pd.DataFrame(rows).assign(p_holm=holm([r["p"] for r in rows])).drop(columns=["test", "n_people"]).round(4))
 
 # %% ../../nbs/train/80_recipes.ipynb #b2ea56b9
