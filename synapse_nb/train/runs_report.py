@@ -49,7 +49,7 @@ def paired_runs(predictions: dict) -> pd.DataFrame:
     out = pd.DataFrame(rows)
     return out.assign(p_holm=holm(out["p"])) if len(out) else out
 
-# %% ../../nbs/train/85_runs_report.ipynb #087555fe
+# %% ../../nbs/train/85_runs_report.ipynb #46a02b0a
 def runs_report(folders, title: str = "") -> Report:
     "The page over finished runs: `folders` are theirs, or folders that hold them. Raises `SynapseError` for a folder without a finished run."
     runs = {}
@@ -66,17 +66,24 @@ def runs_report(folders, title: str = "") -> Report:
 
 def _scores_section(report: Report, runs: dict) -> None:
     "A table a protocol: scores whose protocols differ in anything but the model stand apart."
-    scores = [s.tagged(model=f"{k}: {s.model}" if len(runs) > 1 else s.model) for k, r in runs.items() if (r.path/"scores.json").exists() for s in read_scores(r.path/"scores.json")]
+    scores, known = [], {}
+    for k, r in runs.items():
+        for s in read_scores(r.path/"scores.json") if (r.path/"scores.json").exists() else ():
+            if s.metric in ("log_loss", "ece"): continue                                    # they stand on the run's own page
+            bar, key = s.model.rpartition(" (")[0] in list_baselines(), (s.model, s.metric, s.subject, s.split, s.protocol.id)
+            if bar and known.get(key) == s.value: continue
+            scores.append(s.tagged(model=s.model if len(runs) == 1 or bar and key not in known else f"{k}: {s.model}")); known.setdefault(key, s.value)
     if not scores: return
-    report.section("Test scores", "A column a person; runs stand in one table only where their protocols are the same.", *(i for title, t in person_tables(scores) for i in (title, t)))
+    report.section("Test scores", "A column a person; runs stand in one table only where their protocols are the same. A baseline that gave the same number in several runs stands once.", *(i for title, t in person_tables(scores) for i in (title, t)))
     if every := [s for s in scores if s.subject == "all" and s.split == "test"]: report.section("Everybody together", every)
 
+# %% ../../nbs/train/85_runs_report.ipynb #18aabe3b
 def _pairs_section(report: Report, runs: dict) -> None:
     "Paired tests between the networks of runs that decoded."
     pred = {k: read_saved(r.path/"predictions.tsv") for k, r in runs.items() if (r.path/"predictions.tsv").exists()}
     if len(pred) < 2: return
     table = paired_runs(pred)
-    report.section("Differences", "Run minus the one it stands against, networks only, on the test trials that both answered (n of the larger number); p_holm is corrected over the table.", table.drop(columns="n_people").round(4)) if len(table) else \
+    report.section("Differences", "Run minus the one it stands against, networks only, on the test trials that both answered (n of the larger number); p_holm is corrected over the table. Test: " + ", ".join(table["test"].unique()) + ".", table.drop(columns=["n_people", "test"]).round(4)) if len(table) else \
         report.section("Differences", "These runs share no test trials, so there is nothing to pair.")
 
 def _loss_section(report: Report, runs: dict) -> None:
