@@ -171,6 +171,7 @@ def test_foreign_recordings_really_enter_pre_training(study, monkeypatch):
     assert mixed[0][2] == own[2] and len(mixed[1][2]) == len(own[2]) and set(mixed[1][2]) <= {f"MEG{i:04d}" for i in range(60)}
     done = table.set_index(["foreign", "trials"])
     assert done.loc[("no", "24"), "meg wiener r2"] != done.loc[("yes", "24"), "meg wiener r2"] and done["meg n_train"].dropna().tolist() == [24, 24]
+    assert all("Wiener interpolator" in (study / "mix/mix" / r / "report.html").read_text() for r in table["run"][table["state"] == "finished"])
     assert done.loc[("no", "24"), "meg best interpolation r2"] == pytest.approx(done.loc[("yes", "24"), "meg best interpolation r2"], abs=0.05)
 
 

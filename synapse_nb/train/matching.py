@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ClipConf', 'train_clip', 'fit_low', 'embed_pictures', 'PretrainConf', 'person_sides', 'subjects_of', 'Chain',
-           'stand_ins', 'foreign_views', 'pretrain', 'MatchConf', 'picture_vectors', 'CategoryRidge', 'load_pretrained',
-           'match_network', 'match', 'fuse', 'match_protocol', 'match_scores']
+           'stand_ins', 'foreign_views', 'pretrain', 'pretrain_report', 'MatchConf', 'picture_vectors', 'CategoryRidge',
+           'load_pretrained', 'match_network', 'match', 'fuse', 'match_protocol', 'match_scores']
 
-# %% ../../nbs/train/77_matching.ipynb #d9df6c2d
+# %% ../../nbs/train/77_matching.ipynb #873ad56c
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +15,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import Config, no_id
+from ..config import Config, no_id, to_toml
 from ..core import SynapseError, atomic_path, check_file, read_json, rng, set_seed
 from ..data.splits import check_split
 from ..data.windows import Windows
 from ..dist import from_main, is_main, main_first
 from ..evaluate.baselines import make_baseline
 from ..evaluate.metrics import DataTag, GalleryTag, InputTag, Protocol, Score, TargetTag
+from ..evaluate.report import Report, figure, plot_losses
 from ..evaluate.retrieval import average_repeats, retrieval_scores
 from ..models.match import MatchModel, match_step
 from ..models.zoo import create_encoder
@@ -184,6 +185,19 @@ def pretrain(prepared: Prepared, conf: PretrainConf, folder, foreign=()) -> dict
         save_mae(model, Path(folder)/modality)
         out[modality] = {"history": list(history), "masked": evaluate_mae(model, some("test", 200), train=some("train", 500), seed=conf.seed) if conf.method == "mae" else [], "n_train": len(sides["train"])}
     return out
+
+# %% ../../nbs/train/77_matching.ipynb #2cf5c19d
+def pretrain_report(done: dict, conf: PretrainConf) -> Report:
+    "The page of a pretrain run, from what `pretrain` gave: R² and R of hidden samples beside every interpolation's, then the losses."
+    report = Report(conf.name or "pretrain", f"Learning without labels: {conf.study.name}", seed=conf.seed, config=to_toml(conf))
+    for modality, v in done.items():
+        if not v["masked"]: continue
+        table = pd.DataFrame(v["masked"]).sort_values("r2", ascending=False).replace({"model": {"mae": "the network", "wiener": "Wiener interpolator"}})
+        above = table["model"].iloc[0] == "the network"; fig, ax = figure(6, 2.2)
+        ax.barh(table["model"], table["r2"], color=["C0" if m == "the network" else "0.7" for m in table["model"]]); ax.axvline(0, color="0.3", lw=0.8); ax.set(xlabel="R² of hidden samples, test windows"); ax.invert_yaxis()
+        said = "The network fills in better than every interpolation." if above else f"Not better than the {table['model'].iloc[0]}: what was learnt is less than that."
+        report.section(f"Hidden samples, {modality}", f"{v['n_train']} training windows. {said}", fig, table.round(4))
+    return report.section("Training", plot_losses({m: v["history"] for m, v in done.items()}))
 
 # %% ../../nbs/train/77_matching.ipynb #e0299253
 class MatchConf(OnWindows):

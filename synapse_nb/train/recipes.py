@@ -229,7 +229,7 @@ def _run_clip(conf: ClipConf, run: RunFolder, store) -> None:
 def _run_pretrain(conf: PretrainConf, run: RunFolder, store) -> None:
     with main_first(): foreign = [prepare_study(f, conf.signal, store) for f in conf.foreign]
     done = pretrain(_ready(conf, store), conf, run.mine/"mae", foreign)
-    if is_main(): write_json(run.path/"pretrain.json", done)
+    if is_main(): write_json(run.path/"pretrain.json", done); pretrain_report(done, conf).save(run.report, figures=True)
 
 # %% ../../nbs/train/80_recipes.ipynb #a3c848dd
 def save_table(path, table: pd.DataFrame) -> None:
