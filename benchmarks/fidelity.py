@@ -26,7 +26,7 @@ from synapse_nb.train.loop import Callback  # noqa: E402
 
 PRESET, SFREQ, WINDOW = "eeg2", 100., (0., .8)
 MODELS = ["ridge", "mlp", "EEGNet", "Deep4Net", "ShallowFBCSPNet", "ATCNet", "EEGConformer", "BrainModule", "encoding"]
-PAD = {"ShallowFBCSPNet": 120}              # its pooling needs 99 samples: its trials end in zeros (the mean, after whitening)
+PAD = {"ShallowFBCSPNet": 120, "EEGConformer": 120}     # their pooling needs 99 samples: their trials end in zeros (the mean, after whitening)
 unit = lambda a: a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-9)
 
 

@@ -1,5 +1,6 @@
 """What a score is worth: planted leaks named, false alarms, coverage of the intervals, false positives under drift. A table, and last one JSON line.
 
+--only calibration: the simulated study alone (half an hour on a free core; each finished person is kept in runs/truth, so that it can be continued).
 --quick: fewer studies (a minute on a free core; its rates are then only rough and judged with their Monte-Carlo error).
 """
 import argparse
@@ -54,9 +55,9 @@ PARTS = [leaks, false_alarms, intervals, calibration]
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0]); ap.add_argument("--quick", action="store_true"); a = ap.parse_args()
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0]); ap.add_argument("--quick", action="store_true"); ap.add_argument("--only", choices=[p.__name__ for p in PARTS]); a = ap.parse_args()
     rows, t = [], time.time()
-    for part in PARTS:
+    for part in [p for p in PARTS if a.only in (None, p.__name__)]:
         for r in part(a.quick):
             rows.append(r); print(f"{r['what']:78s} {r['ours']:>8}   bar {r['bar']:24s} {'holds' if r['holds'] else 'MISSED'}   {time.time() - t:.0f} s", flush=True)
     print(json.dumps({"rows": rows, "holds": all(r["holds"] for r in rows)}))
