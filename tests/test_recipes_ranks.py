@@ -23,6 +23,8 @@ DECODE = '''kind = "decode"
 fused = {fused}
 [study]
 root = "{root}"
+[baselines.lda]
+bin = 8
 [network]
 name = "spatial_conv"
 options = {options}

@@ -21,6 +21,7 @@ from ..config import Config, no_id
 from ..core import SynapseError, log, rng, set_seed
 from ..data.splits import Split, check_split, group_values, leave_one_out, make_split
 from ..data.windows import PairedWindows, Windows, channels_in
+from ..dist import is_main
 from ..evaluate.baselines import fit_baseline, time_square
 from ..evaluate.metrics import Comparison, DataTag, InputTag, Protocol, Score, auc, balanced_accuracy, calibration_error, compare_auc, compare_models, holm, log_loss, max_stat, widen_null
 from ..models.base import call_model, classify_step
@@ -171,7 +172,7 @@ def decode_person(prepared: Prepared, subject: str, conf: DecodeConf, trials: st
         sides, scales, encoders = {m: _sides(split, w) for m, w in windows.items()}, {}, {}
         for m in there:
             tags = dict(modality=m, fold=fold, trials=trials)
-            rows += run_baselines(sides[m], conf.baselines, tags, conf.split.by)
+            rows += run_baselines(sides[m], conf.baselines, tags, conf.split.by) if is_main() else []          # one rank answers for all
             more, out.histories[f"{conf.network.name} {m} sub-{subject} {trials} fold {fold}"], scales[m], model = run_network(sides[m], conf, tags, conf.seed)
             rows += more; encoders[m] = model.encoder
         if conf.fused and {"meg", "eeg"} <= set(there):

@@ -92,6 +92,7 @@ def run_trial(values: dict, spec: dict, name: str, report, states: bool = False,
     "One trial: the recipe with these values in `<spec['folder']>/trials/<name>`; returns its last standing. `start_from`: a folder of states to begin from (PB2)."
     os.chdir(spec["cwd"])
     conf = resolve_runs(load_recipe(spec["recipe"], [*spec["set"], *as_overrides(values, spec["subset"])]), spec["out"])
+    if hasattr(conf, "baselines"): conf = conf.model_copy(update={"baselines": {}, "ceiling": False})          # a trial is judged on validation; bar and ceiling are for the best of them
     folder = Path(spec["folder"])/"trials"/name
     if start_from is not None and is_main(): _adopt(folder, conf, Path(start_from))
     tell = TellSearch(report, spec["metric"], spec["mode"], {LIVE[k]: v for k, v in values.items() if k in LIVE} if states else None, states)
