@@ -192,9 +192,9 @@ def pretrain_report(done: dict, conf: PretrainConf) -> Report:
     report = Report(conf.name or "pretrain", f"Learning without labels: {conf.study.name}", seed=conf.seed, config=to_toml(conf))
     for modality, v in done.items():
         if not v["masked"]: continue
-        table = pd.DataFrame(v["masked"]).sort_values("r2", ascending=False).replace({"model": {"mae": "the network", "wiener": "Wiener interpolator"}})
+        table = pd.DataFrame(v["masked"]).sort_values("r2", ascending=False).replace({"model": {"mae": "the network", "wiener": "Wiener interpolator"}}).reset_index(drop=True)
         above = table["model"].iloc[0] == "the network"; fig, ax = figure(6, 2.2)
-        ax.barh(table["model"], table["r2"], color=["C0" if m == "the network" else "0.7" for m in table["model"]]); ax.axvline(0, color="0.3", lw=0.8); ax.set(xlabel="R² of hidden samples, test windows"); ax.invert_yaxis()
+        ax.barh(table["model"], table["r2"], color=["C0" if m == "the network" else "0.7" for m in table["model"]]); ax.axvline(0, color="0.3", lw=0.8); ax.set(xlabel="R² of hidden samples, test windows", xlim=(max(-1, table["r2"].min()) - 0.05, 1)); ax.invert_yaxis()
         said = "The network fills in better than every interpolation." if above else f"Not better than the {table['model'].iloc[0]}: what was learnt is less than that."
         report.section(f"Hidden samples, {modality}", f"{v['n_train']} training windows. {said}", fig, table.round(4))
     return report.section("Training", plot_losses({m: v["history"] for m, v in done.items()}))
