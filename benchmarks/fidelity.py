@@ -204,7 +204,7 @@ def main():
     have = {m: [load(f) for s in a.seeds for f in [*a.out.glob(f"{s}-{m}.npz"), *a.out.glob(f"{s}-{m}.part.npz")]] for m in MODELS}
     print(f"\npreset {PRESET}, {a.trials:,} training trials, at most {a.epochs} epochs, 200 unseen pictures (chance: top-5 2.5, two-way 50)" + ("   TOY: only shows that it runs" if a.quick else ""))
     for m in MODELS: print(describe(m, have[m]) + (f"   published top-5 {PUBLISHED[m]}" if m in PUBLISHED else ""))
-    rows = [] if a.quick else judged({k: v for k, v in have.items() if v}, a)
+    rows = [dict(what="cells that ran (their numbers mean nothing)", ours=sum(map(bool, have.values())), bar=f"= {len(a.models)}", holds=sum(map(bool, have.values())) == len(a.models))] if a.quick else judged({k: v for k, v in have.items() if v}, a)
     for r in rows: print(f"{'ok  ' if r['holds'] else 'MISS'} {r['what']}: {r['ours']:.3g} (bar {r['bar']})" + (f" [{r['interval'][0]:.2f}, {r['interval'][1]:.2f}]" if "interval" in r else ""))
     print(json.dumps({"rows": rows, "holds": all(r["holds"] for r in rows) if rows else None}))
 
