@@ -99,7 +99,7 @@ def _attainable_category(model, posterior, x, plan, rows, concepts) -> np.ndarra
     return out
 
 # %% ../../nbs/evaluate/57_study_ceiling.ipynb #09f457a3
-def study_ceiling(truth, subject: str, modality: str, train_images, test_images, tmin: float, tmax: float, shares=(0.125, 0.25, 0.5, 1.0), n_people: int = 60) -> StudyCeiling:
+def study_ceiling(truth, subject: str, modality: str, train_images, test_images, tmin: float, tmax: float, shares=(0.125, 0.25, 0.5, 1.0), n_people: int = 40) -> StudyCeiling:
     """Ceilings of one person and modality of a simulated study, for one picture a trial: `train_images` and `test_images` (paths of its pictures, with repeats).
 
     Kept in `truth/ceilings/` of the study (a minute of one core otherwise). The gallery is the test pictures; `shares` of the training trials give the curve; `n_people` relatives are the population."""

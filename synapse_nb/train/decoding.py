@@ -298,7 +298,7 @@ def when_decoded(prepared: Prepared, splits: dict, conf: DecodeConf, modality: s
     return dict(times=times, square=square, mask=max_stat(np.diag(square), null)["mask"], chance=0.5 if folds[0] == 2 else 1 / folds[0], n_people=len(set(who)))
 
 # %% ../../nbs/train/76_decoding.ipynb #396251bc
-CURVE = {"lda": {}, "xdawn_tangent": dict(nfilter=2, C=0.1)}           # what is fitted anew on fewer trials; few settings, since it is fitted four times
+CURVE = {"lda": dict(bin=8), "xdawn_tangent": dict(nfilter=2, C=0.1)}           # what is fitted anew on fewer trials; few settings, since it is fitted four times
 
 def training_curve(prepared: Prepared, splits: dict, conf: DecodeConf, modality: str, shares=(0.125, 0.25, 0.5, 1.0)) -> pd.DataFrame:
     "Test score of linear decoders (those of `CURVE` that are among the baselines) trained on a part of the training trials: rows `model, subject, share, n, value` (AUC for two classes, else balanced accuracy; means over folds)."
