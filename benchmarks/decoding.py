@@ -172,7 +172,7 @@ def encoding(d, seed):
     s = np.concatenate([m.log_likelihood(d["Xt"][a:a + 500], d["zt"]) for a in range(0, len(d["Xt"]), 500)])
     pictures, first = np.unique(d["z"], axis=0, return_index=True)
     p = np.concatenate([m.predict_proba(d["Xt"][a:a + 500], pictures, d["y"][first])[0] for a in range(0, len(d["Xt"]), 500)])
-    return dict(similar=s, logits=np.log(p + 1e-12), val=np.inf, ranks=list(m.ranks_), shrink=m.shrink_)
+    return dict(similar=s, logits=np.log(p + 1e-12), val=np.inf, shrink=m.shrink_)
 
 
 def flat(d):
