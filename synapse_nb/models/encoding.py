@@ -58,8 +58,8 @@ class Noise:
         apart = (steps[:, None] - steps) % self.n_steps
         return np.fft.irfft(self.inverse, self.n_steps, axis=0)[apart].transpose(2, 0, 3, 1)
 
-# %% ../../nbs/models/54_encoding.ipynb #7f3ebb27
-def _root(k, least=1e-3):
+# %% ../../nbs/models/54_encoding.ipynb #2cd0195c
+def _root(k, least=1e-5):
     "`k = root root^T`, without directions that hold less than `least` of the largest: rounds get faster as the prior narrows."
     v, u = np.linalg.eigh(k)
     return u[:, v > least * v[-1]] * np.sqrt(v[v > least * v[-1]])
@@ -71,13 +71,12 @@ def _units(precision, root_c, root_t):
     d, v = np.linalg.eigh((m + m.T) / 2)
     return root, v, np.maximum(d, 0)
 
-def _sharpened(root, spread, power):
-    "Prior covariance after a round that found `spread` in units of its `root`; a power above 1 takes longer steps the same way."
-    v, u = np.linalg.eigh(spread / np.trace(spread) * len(spread))
-    k = root @ (u * np.maximum(v, 1e-4) ** power) @ u.T @ root.T
+def _next(root, spread):
+    "Prior covariance after a round that found `spread` in units of its `root`; mean 1 on the diagonal."
+    k = root @ ((spread + spread.T) / 2) @ root.T
     return k / np.trace(k) * len(k)
 
-def learn_prior(cross: np.ndarray, n: int, precision: np.ndarray, k_c: np.ndarray, k_t: np.ndarray, scale: np.ndarray, rounds: int = 60, power: float = 1.5) -> tuple:
+def learn_prior(cross: np.ndarray, n: int, precision: np.ndarray, k_c: np.ndarray, k_t: np.ndarray, scale: np.ndarray, rounds: int = 120) -> tuple:
     """How responses spread over sensors `k_c (c, c)`, time `k_t (s, s)` and features `scale (P,)`, learnt from those given at first.
 
     `cross (P, c * s)`: sums over `n` trials of whitened features times filtered trials; `precision (c * s, c * s)` of the noise. Returns `k_c, k_t, scale`."""
@@ -88,10 +87,8 @@ def learn_prior(cross: np.ndarray, n: int, precision: np.ndarray, k_c: np.ndarra
         mean = (cross @ root @ v) * var
         a = (mean / np.sqrt(scale)[:, None]) @ v.T
         second = (a.T @ a + (v * (var / scale[:, None]).sum(0)) @ v.T).reshape(2 * (r_c.shape[1], r_t.shape[1]))
-        found = ((mean ** 2).sum(1) + var.sum(1)) / len(d)
-        step = np.exp(np.log(found / scale).mean())
-        scale = scale * step * (found / scale / step) ** power
-        k_c, k_t = _sharpened(r_c, np.einsum("csds->cd", second), power), _sharpened(r_t, np.einsum("cscu->su", second), power)
+        scale = ((mean ** 2).sum(1) + var.sum(1)) / len(d)
+        k_c, k_t = _next(r_c, np.einsum("csds->cd", second)), _next(r_t, np.einsum("cscu->su", second))
     return k_c, k_t, scale
 
 # %% ../../nbs/models/54_encoding.ipynb #b9ba1bce
@@ -147,17 +144,23 @@ def _turned_down(y, z, groups, posterior, precision, seed, n_folds=5):
         loss += [_surprise(b, energy, right.ravel(), k) for k in SHRINK]
     return SHRINK[int(loss.argmin())]
 
-# %% ../../nbs/models/54_encoding.ipynb #4fe9f64c
+# %% ../../nbs/models/54_encoding.ipynb #fabd9e18
 def _check(X, Z):
     if len(X) != len(Z): raise SynapseError(f"{len(X)} trials but features of {len(Z)}; give one row of features a trial.")
     if not np.isfinite(Z).all(): raise SynapseError(f"The features of trial {int(np.flatnonzero(~np.isfinite(Z).all(1))[0])} hold a value that is not finite.")
 
-# %% ../../nbs/models/54_encoding.ipynb #1852a830
+def _rest(a, z):
+    "What features `z (n, P)` leave of trials `a (n, c, t)`, made as large as their noise: a strong response must not count as noise."
+    n, p = z.shape; flat = a.reshape(n, -1)
+    w = np.linalg.solve(z.T @ z + 1e-3 * n * np.eye(p), z.T @ flat).astype(np.float32)
+    return ((flat - z.astype(np.float32) @ w) * np.float32(np.sqrt(n / max(n - p, n / 4)))).reshape(a.shape)
+
+# %% ../../nbs/models/54_encoding.ipynb #999a05cd
 class EncodingDecoder(_Identifier):
     """Identify by an encoding model whose prior and noise are learnt from the same trials. `n_components`: whitened sensor directions; `step`: samples averaged; `rounds` in which the prior is learnt.
 
     `window`: first and last sample that a response may reach (None: all); samples outside tell the noise, those before are the baseline. After `fit`: `response_ (P, c, s)`, `spread_` (prior over sensors, time, features), `shrink_`."""
-    def __init__(self, n_components: int = 64, step: int = 5, window: tuple | None = None, rounds: int = 60, clip: float = 4.0, seed: int = 0):
+    def __init__(self, n_components: int = 64, step: int = 5, window: tuple | None = None, rounds: int = 120, clip: float = 4.0, seed: int = 0):
         self.window, self.rounds, self.seed = window, rounds, seed
         self.whiten = Whitener(n_components, step, clip)
 
@@ -183,7 +186,7 @@ class EncodingDecoder(_Identifier):
         self.cov_ = Z.T @ Z / len(Z); v, u = np.linalg.eigh(self.cov_)
         white = (u / np.sqrt(np.maximum(v, 0) + .02 * v.mean())) @ u.T
         a = self.whiten.fit(X).sensors(X); c = a.shape[1]
-        self.noise_, self.steps_ = Noise(a), self._steps_of(a.shape[2])
+        self.noise_, self.steps_ = Noise(_rest(a, Z @ white)), self._steps_of(a.shape[2])
         if c * len(self.steps_) > 5000: raise SynapseError(f"{c} sensor directions x {len(self.steps_)} steps are more than 5000: average more samples (step, now {self.whiten.step}), or shorten the window.")
         y, z, precision = self.noise_.filtered(a)[:, :, self.steps_].reshape(len(a), -1), Z @ white, self.noise_.precision(self.steps_).reshape(2 * [c * len(self.steps_)])
         share = np.diag(self.cov_) / self.cov_.trace()
