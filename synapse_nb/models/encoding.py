@@ -91,7 +91,7 @@ def learn_prior(cross: np.ndarray, n: int, precision: np.ndarray, k_c: np.ndarra
         k_c, k_t = _next(r_c, np.einsum("csds->cd", second)), _next(r_t, np.einsum("cscu->su", second))
     return k_c, k_t, scale
 
-# %% ../../nbs/models/54_encoding.ipynb #b9ba1bce
+# %% ../../nbs/models/54_encoding.ipynb #e0d24cbd
 class _Identifier:
     "Has `whiten`, `noise_`, `steps_`, `response_ (P, c, s)`, `energy_ (P, P)`, `shrink_`, `mean_` and `cov_` (of the features)."
     def _evidence(self, X): return np.concatenate([np.tensordot(self.noise_.filtered(self.whiten.sensors(X[a:a + 500]))[:, :, self.steps_], self.response_, ((1, 2), (1, 2))) for a in range(0, len(X), 500)])
@@ -107,11 +107,20 @@ class _Identifier:
         return self.mean_ + self.shrink_ * np.linalg.solve(g, self.cov_ @ self._evidence(X).T).T
 
     def predict_proba(self, X, pictures, classes) -> tuple[np.ndarray, np.ndarray]:
-        "Probability `(n, n_classes)` of each class, and the classes: the picture may be any of those `pictures (m, P)` whose class (`classes (m,)`) it is; every class as probable as another."
+        """Probability `(n, n_classes)` of each class, and the classes, from features of some `pictures (m, P)` and their `classes (m,)`; every class as probable as another.
+
+        A picture of a class has Gaussian features: the class's mean, and one covariance within all classes (drawn towards that of training where pictures are few)."""
         names, of = np.unique(classes, return_inverse=True)
-        s = self.log_likelihood(X, pictures); s = np.exp(s - s.max(1, keepdims=True))
-        p = np.stack([s[:, of == c].mean(1) for c in range(len(names))], 1)
-        return p / p.sum(1, keepdims=True), names
+        z, p, k = np.asarray(pictures, float) - self.mean_, len(self.cov_), self.shrink_
+        mean = np.stack([z[of == c].mean(0) for c in range(len(names))])
+        within = ((z - mean[of]).T @ (z - mean[of]) + p * self.cov_) / (len(z) + p)
+        marginal = within @ np.linalg.inv(np.eye(p) + k * k * self.energy_ @ within)
+        b, s = k * self._evidence(X), []
+        for m in mean:
+            left = b - k * k * self.energy_ @ m
+            s.append(b @ m - k * k * m @ self.energy_ @ m / 2 + ((left @ marginal) * left).sum(1) / 2)
+        s = np.stack(s, 1); s = np.exp(s - s.max(1, keepdims=True))
+        return s / s.sum(1, keepdims=True), names
 
     def patterns(self, n: int = 3) -> tuple[np.ndarray, np.ndarray]:
         "What varies most with the picture: `n` sensor patterns `(n, C)` in the recording's units, and `n` time courses `(n, steps)`, strongest first (what the whitening took is put back)."

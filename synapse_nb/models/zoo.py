@@ -13,8 +13,8 @@ from functools import partial
 from ..core import SynapseError, suggest
 from .base import REGISTRY, Encoder, EncoderModel
 
-# %% ../../nbs/models/49_zoo.ipynb #145daae0
-MODEL_PAGES = ("convnets", "lfcnn", "wavelet", "stgate", "transformer", "hybrids", "brain", "tangent")
+# %% ../../nbs/models/49_zoo.ipynb #f5e4cc01
+MODEL_PAGES = ("convnets", "lfcnn", "wavelet", "stgate", "transformer", "hybrids", "brain", "tangent", "spectrum")
 
 def _load() -> None:
     "Import every page of models, so that each registers its own."
