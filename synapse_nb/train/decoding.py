@@ -44,6 +44,7 @@ class DecodeConf(OnWindows):
     train: TrainConf = TrainConf()
     fused: bool = True
     ceiling: bool = no_id(True, "say what share of the attainable was reached, where the study is simulated and its truth is there")
+    linear: bool = no_id(True, "show linear decoding over time and from fewer trials in the report")
 
 # %% ../../nbs/train/76_decoding.ipynb #70df129a
 def make_splits(events: pd.DataFrame, conf: SplitConf, seed: int) -> list[Split]:

@@ -261,7 +261,7 @@ def decode_report(conf: DecodeConf, ready: Prepared, done, scores, ceilings: dic
     people_section(report, scores, people_by_pictures(done, scores)); ceiling_section(report, scores, ceilings)
     versus = network_against_baselines(done, conf, every=True)
     if len(versus): versus_section(report, versus, scores_of(scores))
-    if conf.baselines: curve_section(report, ready, done, conf, scores, ceilings); when_section(report, ready, done.splits, conf)           # who wants no linear decoder gets none
+    if conf.baselines and conf.linear: curve_section(report, ready, done, conf, scores, ceilings); when_section(report, ready, done.splits, conf)           # who wants no linear decoder gets none
     if sure := probability_scores(done, conf): report.section("Can the stated probabilities be believed?", "Test trials. Log loss in nats; ‘ece’: expected calibration error, whose ‘chance’ is what a calibrated model would show at this n.", sure)
     refused_section(report, ready, done.skipped); pictures_section(report, ready.study); alignment_section(report, ready); evoked_section(report, ready, conf); confusion_section(report, done.predictions)
     report.section("Training", plot_losses(dict(list(done.histories.items())[:6])))
