@@ -477,8 +477,57 @@ def _seconds(t, digits: int = 1) -> str:
     return f"{t*1e3:.{digits}f} ms" if abs(t) < 10 else f"{t:.{digits + 2}f} s"
 
 # %% ../../nbs/data/12_align.ipynb #a1e4ec00
-@dataclass
-class Alignment:
+class _Clocks:
+    "Times of one clock in the other's, by the `segments` of an `Alignment`."
+    def _check(self):
+        if self.verdict == "refused": raise SynapseError(f"This alignment was refused: {self.reason}")
+
+    def _segment_of(self, t, recording: bool):
+        edge = np.array([(self.expected[s[0]] if not recording else s[2] + s[3]*self.expected[s[0]]) for s in self.segments[1:]])
+        return np.searchsorted(edge, t, "right")
+
+    def to_recording(self, t):
+        "Stimulus time (s) -> recording time (s), by the map. Raises SynapseError when refused."
+        self._check(); t = np.asarray(t, float); k = self._segment_of(t, False)
+        return np.array([s[2] for s in self.segments])[k] + np.array([s[3] for s in self.segments])[k]*t
+
+    def to_stimulus(self, t):
+        "Recording time (s) -> stimulus time (s), the inverse of the map. Raises SynapseError when refused."
+        self._check(); t = np.asarray(t, float); k = self._segment_of(t, True)
+        return (t - np.array([s[2] for s in self.segments])[k])/np.array([s[3] for s in self.segments])[k]
+
+    def _predicted(self):
+        t = np.full(len(self.expected), np.nan)
+        for s in self.segments: t[s[0]:s[1] + 1] = s[2] + s[3]*self.expected[s[0]:s[1] + 1]
+        return t
+
+# %% ../../nbs/data/12_align.ipynb #092ef865
+class _InWords:
+    "An `Alignment` as a line, as a paragraph and as JSON."
+    def __repr__(self):
+        if self.verdict == "refused": return f"Alignment REFUSED: {self.reason}"
+        return f"Alignment {self.verdict}: lag {_seconds(self.lag, 2)}, drift {self.drift_ppm:.1f} ppm, jitter {self.jitter*1e3:.2f} ms; {len(self.pairs)} of {len(self.expected)} seen, {len(self.lost)} lost, {len(self.extra)} extra" + (f" ({'; '.join(self.repaired)})" if self.repaired else "")
+
+    def to_dict(self, n: int = 1500) -> dict:
+        "JSON-able summary; residuals and intervals thinned to at most `n` points."
+        step = max(1, -(-len(self.residuals)//n)); t = self.observed[self.pairs[:, 1]] if len(self.pairs) else np.zeros(0); gaps = np.diff(self.observed)
+        name = lambda k: self.names[k] if self.names is not None else int(k)
+        num = lambda v: float(v) if np.isfinite(v) else None
+        return dict(verdict=self.verdict, reason=self.reason, lag=num(self.lag), drift_ppm=num(self.drift_ppm), jitter=num(self.jitter), n_expected=len(self.expected), n_observed=len(self.observed), n_matched=len(self.pairs),
+                    n_lost=len(self.lost), n_extra=len(self.extra), lost=[name(k) for k in self.lost[:200]], extra=[round(float(self.observed[k]), 5) for k in self.extra[:200]], repaired=list(self.repaired),
+                    uncertainty_median=num(np.nanmedian(self.uncertainty)) if self.uncertainty is not None and np.isfinite(self.uncertainty).any() else None, channel=getattr(self.pulses, "channel", ""),
+                    segments=[[int(a), int(b), float(c), float(d)] for a, b, c, d in self.segments], residual_time=np.round(t[::step], 4).tolist(), residuals=np.round(self.residuals[::step], 6).tolist(), intervals=np.round(gaps[:: max(1, len(gaps)//n)], 5).tolist(), summary=self.summary())
+
+    def summary(self) -> str:
+        "The verdict in words."
+        if self.verdict == "refused": return f"Refused. {self.reason[:1].upper()}{self.reason[1:]}"
+        part = [f"{'Trusted as it is' if self.verdict == 'ok' else 'Trusted after repair'}: the recording runs {_seconds(abs(self.lag))} {'after' if self.lag >= 0 else 'ahead of'} the stimulus clock and drifts by {self.drift_ppm:.1f} ppm; single pulses scatter by {self.jitter*1e3:.2f} ms.",
+                f"{len(self.pairs)} of {len(self.expected)} expected pulses were seen" + (f", {len(self.lost)} {'was not and is' if len(self.lost) == 1 else 'were not and are'} placed by the map" if len(self.lost) else "") + (f"; {len(self.extra)} pulse{' belongs to nothing and is' if len(self.extra) == 1 else 's belong to nothing and are'} left out" if len(self.extra) else "") + "."]
+        return " ".join(part + [r[0].upper() + r[1:] + "." for r in self.repaired if "lost pulses placed" not in r and "spurious pulses left" not in r])
+
+# %% ../../nbs/data/12_align.ipynb #85e071be
+@dataclass(repr=False)
+class Alignment(_Clocks, _InWords):
     """Which recorded instant belongs to which stimulus.
 
     `t_rec = lag + (1 + drift_ppm*1e-6) * t_exp`, both in s; with clock resets `segments` holds one (first expected, last expected, lag, slope) a stretch and `lag`, `drift_ppm` are the first's.
@@ -504,27 +553,6 @@ class Alignment:
     pulses: Pulses = field(default=None, repr=False)
     names: list = None
 
-    def __repr__(self):
-        if self.verdict == "refused": return f"Alignment REFUSED: {self.reason}"
-        return f"Alignment {self.verdict}: lag {_seconds(self.lag, 2)}, drift {self.drift_ppm:.1f} ppm, jitter {self.jitter*1e3:.2f} ms; {len(self.pairs)} of {len(self.expected)} seen, {len(self.lost)} lost, {len(self.extra)} extra" + (f" ({'; '.join(self.repaired)})" if self.repaired else "")
-
-    def _check(self):
-        if self.verdict == "refused": raise SynapseError(f"This alignment was refused: {self.reason}")
-
-    def _segment_of(self, t, recording: bool):
-        edge = np.array([(self.expected[s[0]] if not recording else s[2] + s[3]*self.expected[s[0]]) for s in self.segments[1:]])
-        return np.searchsorted(edge, t, "right")
-
-    def to_recording(self, t):
-        "Stimulus time (s) -> recording time (s), by the map. Raises SynapseError when refused."
-        self._check(); t = np.asarray(t, float); k = self._segment_of(t, False)
-        return np.array([s[2] for s in self.segments])[k] + np.array([s[3] for s in self.segments])[k]*t
-
-    def to_stimulus(self, t):
-        "Recording time (s) -> stimulus time (s), the inverse of the map. Raises SynapseError when refused."
-        self._check(); t = np.asarray(t, float); k = self._segment_of(t, True)
-        return (t - np.array([s[2] for s in self.segments])[k])/np.array([s[3] for s in self.segments])[k]
-
     def uncertainty_at(self, t):
         "Uncertainty (s) of `to_recording(t)`; infinite between the last pulse before a clock reset and the first after it, where nobody can know."
         self._check(); t = np.asarray(t, float); known = self.uncertainty[np.isfinite(self.uncertainty)]; i = np.sort(self.pairs[:, 0])
@@ -539,28 +567,6 @@ class Alignment:
         self._check(); t = np.where(np.isfinite(self.uncertainty), self._predicted(), np.nan)
         t[self.pairs[:, 0]] = self.observed[self.pairs[:, 1]]
         return t, self.uncertainty.copy()
-
-    def _predicted(self):
-        t = np.full(len(self.expected), np.nan)
-        for s in self.segments: t[s[0]:s[1] + 1] = s[2] + s[3]*self.expected[s[0]:s[1] + 1]
-        return t
-
-    def to_dict(self, n: int = 1500) -> dict:
-        "JSON-able summary; residuals and intervals thinned to at most `n` points."
-        step = max(1, -(-len(self.residuals)//n)); t = self.observed[self.pairs[:, 1]] if len(self.pairs) else np.zeros(0); gaps = np.diff(self.observed)
-        name = lambda k: self.names[k] if self.names is not None else int(k)
-        num = lambda v: float(v) if np.isfinite(v) else None
-        return dict(verdict=self.verdict, reason=self.reason, lag=num(self.lag), drift_ppm=num(self.drift_ppm), jitter=num(self.jitter), n_expected=len(self.expected), n_observed=len(self.observed), n_matched=len(self.pairs),
-                    n_lost=len(self.lost), n_extra=len(self.extra), lost=[name(k) for k in self.lost[:200]], extra=[round(float(self.observed[k]), 5) for k in self.extra[:200]], repaired=list(self.repaired),
-                    uncertainty_median=num(np.nanmedian(self.uncertainty)) if self.uncertainty is not None and np.isfinite(self.uncertainty).any() else None, channel=getattr(self.pulses, "channel", ""),
-                    segments=[[int(a), int(b), float(c), float(d)] for a, b, c, d in self.segments], residual_time=np.round(t[::step], 4).tolist(), residuals=np.round(self.residuals[::step], 6).tolist(), intervals=np.round(gaps[:: max(1, len(gaps)//n)], 5).tolist(), summary=self.summary())
-
-    def summary(self) -> str:
-        "The verdict in words."
-        if self.verdict == "refused": return f"Refused. {self.reason[:1].upper()}{self.reason[1:]}"
-        part = [f"{'Trusted as it is' if self.verdict == 'ok' else 'Trusted after repair'}: the recording runs {_seconds(abs(self.lag))} {'after' if self.lag >= 0 else 'ahead of'} the stimulus clock and drifts by {self.drift_ppm:.1f} ppm; single pulses scatter by {self.jitter*1e3:.2f} ms.",
-                f"{len(self.pairs)} of {len(self.expected)} expected pulses were seen" + (f", {len(self.lost)} {'was not and is' if len(self.lost) == 1 else 'were not and are'} placed by the map" if len(self.lost) else "") + (f"; {len(self.extra)} pulse{' belongs to nothing and is' if len(self.extra) == 1 else 's belong to nothing and are'} left out" if len(self.extra) else "") + "."]
-        return " ".join(part + [r[0].upper() + r[1:] + "." for r in self.repaired if "lost pulses placed" not in r and "spurious pulses left" not in r])
 
 # %% ../../nbs/data/12_align.ipynb #746d415b
 def _train(pulses, what):

@@ -164,6 +164,7 @@ def _csv_columns(df: pd.DataFrame, path) -> tuple[str | None, list[str], list[st
     if not chans: raise SynapseError(f"{path} has no column of numbers that could be an electrode; its columns are {', '.join(map(repr, df.columns))}.")
     return time, marks, chans
 
+# %% ../../nbs/data/10_raw.ipynb #1c4908fa
 def _seconds(stamps: pd.Series) -> tuple[np.ndarray, list[str]]:
     "A column of time stamps in seconds, and what was done to it: dates and times of day, ms, µs and ns are told by content (nobody samples below 2.5 Hz)."
     t = pd.to_numeric(stamps, errors="coerce")
@@ -176,6 +177,7 @@ def _seconds(stamps: pd.Series) -> tuple[np.ndarray, list[str]]:
     unit = next(((u, name) for u, name in ((1e-3, "milliseconds"), (1e-6, "microseconds"), (1e-9, "nanoseconds")) if rate < 2.5 and 20 < rate/u < 40_000), None)
     return (t, []) if unit is None else (t*unit[0], [f"the time stamps are in {unit[1]}"])
 
+# %% ../../nbs/data/10_raw.ipynb #17a32079
 def _read_csv(path, sfreq: float | None = None, unit: float | None = None, **kw):
     "A headset's CSV as RawArray: electrodes in V, markers on stim channels; defects in `raw.synapse_notes`."
     import mne

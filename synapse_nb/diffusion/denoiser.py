@@ -35,7 +35,7 @@ class Denoiser(nn.Module):
         self.unet = UNet2DConditionModel(
             sample_size=latent_size // fold, in_channels=2 * channels * fold**2, out_channels=channels * fold**2, block_out_channels=widths, layers_per_block=1,
             down_block_types=("DownBlock2D",) * (n - 1) + (attend[0],), up_block_types=(attend[1],) + ("UpBlock2D",) * (n - 1), cross_attention_dim=context,
-            attention_head_dim=32, norm_num_groups=8, class_embed_type="projection", projection_class_embeddings_input_dim=embed_dim)
+            attention_head_dim=max(1, widths[-1] // 32), norm_num_groups=8, class_embed_type="projection", projection_class_embeddings_input_dim=embed_dim)
         self.unet.to(memory_format=torch.channels_last)
         nn.init.zeros_(self.unet.conv_out.weight); nn.init.zeros_(self.unet.conv_out.bias)
 

@@ -91,7 +91,31 @@ _GRAMMAR = {
 }
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #d064e6de
-class Protocol(_Tag):
+class _Line(_Tag):
+    "A tag that is printed as one line, read back from it, and known by a hash of it."
+    def __str__(self) -> str:
+        out = {}
+        for k, v in self: out |= v.parts(k + ".") if isinstance(v, _Tag) else {k: v}
+        return "; ".join(f"{k}={v}" for k, v in out.items())
+
+    @property
+    def id(self) -> str:
+        "Eight hex digits of the printed record."
+        return text_hash(str(self), 8)
+
+    @classmethod
+    def parse(cls, line: str) -> "_Line":
+        "The record printed as `line`; raises `SynapseError` when it is not one."
+        out: dict = {}
+        for part in filter(None, (s.strip() for s in line.split("; "))):
+            key, _, value = part.partition("=")
+            top, _, sub = key.partition(".")
+            if sub: out.setdefault(top, {})[sub] = value
+            else: out[top] = value
+        return cls(**out)
+
+# %% ../../nbs/evaluate/30_metrics.ipynb #c0ff689c
+class Protocol(_Line):
     """How a score was made: scores are comparable only when this record is equal (source: the protocol tag of this project's evaluation rules).
 
     `str(p)` prints it as one line, `Protocol.parse(line)` reads it back, `p.id` is a hash of it.
@@ -128,27 +152,6 @@ class Protocol(_Tag):
     def headline(self) -> bool:
         "May stand at the top of a page: unseen pictures, concepts, sessions or runs, and each query answered by itself."
         return self.generalise != "none" and not self.transductive
-
-    def __str__(self) -> str:
-        out = {}
-        for k, v in self: out |= v.parts(k + ".") if isinstance(v, _Tag) else {k: v}
-        return "; ".join(f"{k}={v}" for k, v in out.items())
-
-    @property
-    def id(self) -> str:
-        "Eight hex digits of the printed record."
-        return text_hash(str(self), 8)
-
-    @classmethod
-    def parse(cls, line: str) -> "Protocol":
-        "The record printed as `line`; raises `SynapseError` when it is not one."
-        out: dict = {}
-        for part in filter(None, (s.strip() for s in line.split("; "))):
-            key, _, value = part.partition("=")
-            top, _, sub = key.partition(".")
-            if sub: out.setdefault(top, {})[sub] = value
-            else: out[top] = value
-        return cls(**out)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #17525200
 _KEYS = ("metric", "value", "ci_low", "ci_high", "chance", "n", "split", "model", "subject", "protocol", "p")

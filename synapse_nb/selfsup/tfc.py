@@ -65,6 +65,7 @@ class TFCEncoder(nn.Module):
 
 def _projector(d: int, out: int) -> nn.Module: return nn.Sequential(nn.Linear(d, 2 * out), nn.BatchNorm1d(2 * out), nn.ReLU(), nn.Linear(2 * out, out))
 
+# %% ../../nbs/selfsup/63_tfc.ipynb #16ee353b
 class TFC(nn.Module):
     """Time-frequency consistency training of a `TFCEncoder` (in `.encoder`).
 
@@ -91,6 +92,7 @@ class TFC(nn.Module):
         loss = self.lam * own + (1 - self.lam if self.kind == "paper" else 1.0) * both
         return {"z_t": z_t, "z_f": z_f, "z_t_aug": z_ta, "z_f_aug": z_fa, "loss": loss, "own": own, "both": both}
 
+# %% ../../nbs/selfsup/63_tfc.ipynb #1b98c40f
 def load_tfc(folder) -> TFC:
     "A model that `save_mae` wrote to `folder`; its `.encoder` goes on like an `MAE`'s. Raises `SynapseError` when the folder holds none."
     from safetensors.torch import load_file

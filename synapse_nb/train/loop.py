@@ -210,10 +210,37 @@ class Callback:
     def load_state_dict(self, state: dict) -> None: pass
 
 # %% ../../nbs/train/28_loop.ipynb #f20fa1a0
+class _Running:
+    "What a `Run` can do."
+    @property
+    def total_steps(self) -> int: return self.n_epochs * math.ceil(len(self.train) / self.accumulate)
+
+    def where(self, batch_idx: int | None = None) -> str:
+        "`epoch 0, batch 3 (rows 5, 9, …)`: this rank's batch, by default the one in hand."
+        i = self.batch_idx if batch_idx is None else batch_idx
+        return f"epoch {self.epoch_idx}, batch {i}" + rows_text(self.train.rows[i] if i < len(self.train.rows) else None)
+
+    def close(self) -> None:
+        "End what the run holds: loader workers."
+        for b in (self.train, self.val): b is not None and b.close()
+
+    def call(self, hook: str) -> None:
+        "Call this hook of every callback, in order."
+        for cb in self.callbacks:
+            if (f := getattr(cb, hook, None)) is not None: f(self)
+
+    def forward(self, batch) -> dict:
+        "One step function call under autocast; checks what it returns."
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None): out = self.wrapped(batch)
+        if not isinstance(out, dict) or "loss" not in out or "n" not in out:
+            raise SynapseError('step(model, batch) must return {"loss": mean over the batch, "n": number of samples, …}.')
+        return out
+
+# %% ../../nbs/train/28_loop.ipynb #b2e6ad07
 ALWAYS: list = []          # callbacks that every `fit` of this process gets besides its own (`train.launch` puts its live rows here)
 
 @dataclass
-class Run:
+class Run(_Running):
     "All there is to know about a training in progress."
     model: nn.Module
     wrapped: nn.Module
@@ -254,30 +281,6 @@ class Run:
         if self.parallel == "fsdp" and self.precision == "fp16": raise SynapseError("fp16 is not offered with FSDP; use precision='bf16'.")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.callbacks = sorted(self.callbacks, key=lambda c: getattr(c, "order", 0))
-
-    @property
-    def total_steps(self) -> int: return self.n_epochs * math.ceil(len(self.train) / self.accumulate)
-
-    def where(self, batch_idx: int | None = None) -> str:
-        "`epoch 0, batch 3 (rows 5, 9, …)`: this rank's batch, by default the one in hand."
-        i = self.batch_idx if batch_idx is None else batch_idx
-        return f"epoch {self.epoch_idx}, batch {i}" + rows_text(self.train.rows[i] if i < len(self.train.rows) else None)
-
-    def close(self) -> None:
-        "End what the run holds: loader workers."
-        for b in (self.train, self.val): b is not None and b.close()
-
-    def call(self, hook: str) -> None:
-        "Call this hook of every callback, in order."
-        for cb in self.callbacks:
-            if (f := getattr(cb, hook, None)) is not None: f(self)
-
-    def forward(self, batch) -> dict:
-        "One step function call under autocast; checks what it returns."
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None): out = self.wrapped(batch)
-        if not isinstance(out, dict) or "loss" not in out or "n" not in out:
-            raise SynapseError('step(model, batch) must return {"loss": mean over the batch, "n": number of samples, …}.')
-        return out
 
 # %% ../../nbs/train/28_loop.ipynb #fd16f9f8
 def describe(run: Run) -> str:

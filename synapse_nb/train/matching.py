@@ -41,7 +41,7 @@ class ClipConf(Recipe):
     encoder: str = ""
     n_per_category: int = 1000
     n_low: int = 24
-    train: TrainConf = TrainConf(n_epochs=8, batch_size=128, lr=2e-3, weight_decay=0.1, patience=8)
+    train: TrainConf = TrainConf(n_epochs=7, batch_size=128, lr=2e-3, weight_decay=0.1, patience=8)
 
 def train_clip(conf: ClipConf, folder) -> tuple[str, list]:
     "(path or id of the encoder, training history). A tiny one is written to `folder` in transformers' format."

@@ -97,7 +97,38 @@ class RunLog(logging.FileHandler):
         super().close()
 
 # %% ../../nbs/train/58_runs.ipynb #f990f63e
-class RunFolder:
+class _Standing:
+    "How a run stands, kept in `status.json` of its folder `path`: running, then finished or failed. A context."
+    def _status(self, state: str, **more) -> None:
+        now = datetime.now().isoformat(timespec="seconds")
+        old = read_json(self.path / "status.json") if (self.path / "status.json").exists() else {}
+        began = now if state == "running" else old.get("began", now)
+        write_json(self.path / "status.json", {"name": self.name, "id": self.id, "state": state, "began": began, "written": now, "host": socket.gethostname(),
+                                               "pid": os.getpid(), "seconds": round(time.time() - self._began, 1) if self._began else 0.0, **more})
+
+    def _end(self, state: str, **more) -> None:
+        if not is_main(): return
+        self._status(state, **more)
+        if self._log is not None: log.info("%s%s", state, f": {more['message']}" if "message" in more else ""); self._log.close(); self._log = None
+        if self._lock is not None: self._lock.close(); self._lock = None
+
+    def finish(self, **summary) -> None:
+        "Mark as finished; `summary` (plain values) is kept in `status.json`."
+        self._end("finished", summary=summary)
+
+    def fail(self, message: str) -> None:
+        "Mark as failed and say why."
+        self._end("failed", message=str(message)[:2000])
+
+    def __enter__(self): return self.start()
+
+    def __exit__(self, kind, e, tb):
+        if self._log is not None and kind not in (None, SynapseError, KeyboardInterrupt, SystemExit): self._log.error(e)
+        if kind is None: self.state != "finished" and self.finish()
+        else: self.fail("interrupted" if kind in (KeyboardInterrupt, SystemExit) else f"{kind.__name__}: {e}" if kind is not SynapseError else str(e))
+
+# %% ../../nbs/train/58_runs.ipynb #e6bd8aee
+class RunFolder(_Standing):
     """`<root>/<name>-<config_id>/`. Use as a context: enters with the lock taken and `config.toml`, `environment.json` written; leaves as finished, or failed with the message.
 
     On many ranks rank 0 writes and locks; the others only know the paths. Raises `SynapseError` when another process is running in it."""
@@ -137,34 +168,6 @@ class RunFolder:
         barrier()
         self._began = time.time()
         return self
-
-    def _status(self, state: str, **more) -> None:
-        now = datetime.now().isoformat(timespec="seconds")
-        old = read_json(self.path / "status.json") if (self.path / "status.json").exists() else {}
-        began = now if state == "running" else old.get("began", now)
-        write_json(self.path / "status.json", {"name": self.name, "id": self.id, "state": state, "began": began, "written": now, "host": socket.gethostname(),
-                                               "pid": os.getpid(), "seconds": round(time.time() - self._began, 1) if self._began else 0.0, **more})
-
-    def _end(self, state: str, **more) -> None:
-        if not is_main(): return
-        self._status(state, **more)
-        if self._log is not None: log.info("%s%s", state, f": {more['message']}" if "message" in more else ""); self._log.close(); self._log = None
-        if self._lock is not None: self._lock.close(); self._lock = None
-
-    def finish(self, **summary) -> None:
-        "Mark as finished; `summary` (plain values) is kept in `status.json`."
-        self._end("finished", summary=summary)
-
-    def fail(self, message: str) -> None:
-        "Mark as failed and say why."
-        self._end("failed", message=str(message)[:2000])
-
-    def __enter__(self): return self.start()
-
-    def __exit__(self, kind, e, tb):
-        if self._log is not None and kind not in (None, SynapseError, KeyboardInterrupt, SystemExit): self._log.error(e)
-        if kind is None: self.state != "finished" and self.finish()
-        else: self.fail("interrupted" if kind in (KeyboardInterrupt, SystemExit) else f"{kind.__name__}: {e}" if kind is not SynapseError else str(e))
 
     def reset(self) -> None:
         "Delete what the run made (asked for with --force), keeping nothing of it. Refused while it runs."

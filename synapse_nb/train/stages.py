@@ -204,7 +204,7 @@ def train_model(model, step, train, val, conf: TrainConf, folder=None, seed: int
     if folder is not None: callbacks.append(CSVLog(Path(folder)/"metrics.csv"))
     return fit(model, step, loader(train, True), val_loader=None if val is None else loader(val, False), n_epochs=conf.n_epochs, lr=conf.lr,
                weight_decay=conf.weight_decay, callbacks=callbacks, device=device, precision=conf.precision, accumulate=conf.accumulate, parallel=conf.parallel,
-               seed=seed, grad_clip=grad_clip, optimizer=partial(torch.optim.AdamW, betas=tuple(betas)), monitor=monitor, compile=conf.compile, progress_desc=desc)
+               seed=seed, grad_clip=grad_clip, optimizer=partial(torch.optim.AdamW, betas=tuple(betas), fused=True), monitor=monitor, compile=conf.compile, progress_desc=desc)
 
 def _loading(loader, conf: TrainConf, device) -> dict:
     "Workers, prefetch and pinning: what is set, the rest measured; with workers a batch may take ten minutes at the most."
