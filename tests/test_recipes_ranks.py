@@ -169,6 +169,7 @@ TRAINS = {
     "pretrain": ('kind = "pretrain"\n' + HEAD, ["pre-train meg", "pre-train eeg"]),
     "decode": ('kind = "decode"\n' + HEAD + "[train]\naccumulate = 2\nbatch_size = 16\n", ["spatial_conv meg", "spatial_conv eeg", "fused"]),
     "match": ('kind = "match"\nencoder = "{encoder}"\n' + HEAD, ["match meg", "match eeg"]),
+    "caption": ('kind = "caption"\n' + HEAD, ["caption meg", "caption eeg"]),
     "draw": ('kind = "draw"\nencoder = "{encoder}"\nmatched = "{matched}"\n' + HEAD, ["codec", "painter", "judge"]),
 }
 

@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'CEILING_WORDS', 'RUNNERS', 'SimulateConf', 'PrepareConf', '
            'match_report', 'retrieval_section', 'sheet_section', 'delta_s_eff', 'pairs_section', 'match_curve_section',
            'drawing_section', 'resolve_runs', 'run_conf', 'run_recipe', 'dry', 'run_prepare']
 
-# %% ../../nbs/train/80_recipes.ipynb #0e0dd9bf
+# %% ../../nbs/train/80_recipes.ipynb #5598f61e
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -34,6 +34,7 @@ from ..studies.simulate import simulate_study
 from ..studies.study import get_study
 from ..stimuli.images import CATEGORIES
 from .callbacks import FirstStep, SayBatch, keep_states, tracked
+from .captioning import CaptionConf, caption, caption_report, caption_scores, picture_captions
 from .decoding import DecodeConf, common_channels, decode, decode_scores, network_against_baselines, probability_scores, training_curve, when_decoded
 from .drawing import DrawConf, draw, draw_scores, train_judge, train_painter
 from .matching import ClipConf, MatchConf, PretrainConf, _vectors, fuse, match, match_scores, person_sides, picture_vectors, pretrain, pretrain_report, subjects_of, train_clip
@@ -41,7 +42,7 @@ from .loop import ALWAYS
 from .runs import RunFolder, run_state_of
 from .stages import OnStudy, Prepared, Recipe, SignalConf, StudyConf, open_study, prepare_study
 
-# %% ../../nbs/train/80_recipes.ipynb #1b10a26c
+# %% ../../nbs/train/80_recipes.ipynb #d59e6570
 class SimulateConf(Recipe):
     "The simulated study: written to `root` as a lab would have it."
     kind: Literal["simulate"] = "simulate"
@@ -59,7 +60,7 @@ class PrepareConf(OnStudy):
     "A study into the store."
     kind: Literal["prepare"] = "prepare"
 
-KINDS = {"simulate": SimulateConf, "prepare": PrepareConf, "clip": ClipConf, "pretrain": PretrainConf, "decode": DecodeConf, "match": MatchConf, "draw": DrawConf}
+KINDS = {"simulate": SimulateConf, "prepare": PrepareConf, "clip": ClipConf, "pretrain": PretrainConf, "decode": DecodeConf, "match": MatchConf, "caption": CaptionConf, "draw": DrawConf}
 
 # %% ../../nbs/train/80_recipes.ipynb #e8652c2b
 class DrawRunConf(DrawConf):
@@ -293,7 +294,7 @@ def people_by_pictures(done, scores) -> dict:
         out[s.model, s.metric, s.protocol.id] = group_score("share right", hits.to_numpy(), s.chance)
     return out
 
-# %% ../../nbs/train/80_recipes.ipynb #046a0f2b
+# %% ../../nbs/train/80_recipes.ipynb #6c618e73
 def _check_match(conf: MatchConf) -> None:
     if not conf.encoder: raise SynapseError("A match recipe needs encoder = '…': the folder of a clip run (…/clip) or a hub id such as openai/clip-vit-large-patch14.")
 
@@ -308,6 +309,18 @@ def _run_match(conf: MatchConf, run: RunFolder, store) -> None:
     write_json(run.path/"match.json", {"encoder": conf.encoder, "histories": {k: list(v) for k, v in histories.items()}})
     print_scores(scores)
     match_report(conf, ready, table, scores, histories, pictures, z).save(run.report, figures=True)
+
+def _run_caption(conf: CaptionConf, run: RunFolder, store) -> None:
+    ready = _ready(conf, store)
+    table, histories = caption(ready, conf)
+    if not is_main(): return
+    pictures, captions = picture_captions(ready)
+    scores = caption_scores(table, conf, pictures, captions)
+    save_table(run.path/"captions.tsv", table)
+    write_json(run.path/"caption.json", {"histories": {k: list(v) for k, v in histories.items()}})
+    print_scores(scores)
+    report = caption_report(conf, table, scores, histories, pictures, captions)
+    refused_section(report, ready); alignment_section(report, ready); report.save(run.report, figures=True)
 
 def match_report(conf: MatchConf, ready: Prepared, table: pd.DataFrame, scores, histories, pictures, z, ceilings: dict | None = None) -> Report:
     "The page of a match run."
@@ -439,8 +452,8 @@ def resolve_runs(conf, out):
         new |= {field: type(getattr(conf, field))(found[-1]/rest), "made_from": (*new.get("made_from", conf.made_from), found[-1].name)}
     return conf.model_copy(update={k: str(v) if isinstance(getattr(conf, k), str) else v for k, v in new.items()})
 
-# %% ../../nbs/train/80_recipes.ipynb #31b80dd2
-RUNNERS = {"simulate": _run_simulate, "prepare": _run_prepare, "clip": _run_clip, "pretrain": _run_pretrain, "decode": _run_decode, "match": _run_match, "draw": _run_draw}
+# %% ../../nbs/train/80_recipes.ipynb #a8d9d57d
+RUNNERS = {"simulate": _run_simulate, "prepare": _run_prepare, "clip": _run_clip, "pretrain": _run_pretrain, "decode": _run_decode, "match": _run_match, "caption": _run_caption, "draw": _run_draw}
 
 def run_conf(conf, out="runs", store=None, force: bool = False, folder: str | None = None) -> RunFolder:
     "Run settings of any kind in `<out>/<name>-<id>` (or `<out>/<folder>`), on one rank or on many; a finished run of the same id is returned as it is, a stopped one goes on from its last state, unless `force`."
@@ -478,7 +491,7 @@ def run_recipe(path, overrides=(), out="runs", force: bool = False, dry_run: boo
     if known and run.scores.exists(): print("run again with --force")
     return run
 
-# %% ../../nbs/train/80_recipes.ipynb #c0008a8d
+# %% ../../nbs/train/80_recipes.ipynb #f5205a4f
 def _one_person(study_conf: StudyConf) -> StudyConf:
     "The settings of a study with its first person only."
     study = open_study(study_conf)
@@ -500,6 +513,7 @@ def _only_train(conf, store, folder) -> None:
         pretrain(_ready(conf, store), conf, folder/"mae", foreign)
     elif conf.kind == "decode": decode(_ready(conf, store), conf)
     elif conf.kind == "match": _check_match(conf); match(_ready(conf, store), conf, cache_dir=folder/"cache", only=conf.train.batch_size)
+    elif conf.kind == "caption": caption(_ready(conf, store), conf)
     elif conf.kind == "draw":
         _check_draw(conf)
         small = conf.model_copy(update={"n_per_category": _enough_pictures(conf, conf.codec, conf.painter, conf.judge)})
