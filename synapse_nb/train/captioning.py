@@ -153,7 +153,7 @@ def _retrieval(rows: pd.DataFrame, at, captions, truth, conf: CaptionConf, tag) 
     worth = lambda k: np.stack([n_way_hits(S, np.full(len(S), j), n, k) for j in range(n)], 1)
     return [s for k in (1, 5) if k < n for s in against_shuffled(f"top_{k}", worth(k), column[truth], chance=k / n, **tag(f"retrieval:{n}way", n))]
 
-# %% ../../nbs/train/79_captioning.ipynb #09024da6
+# %% ../../nbs/train/79_captioning.ipynb #bc477b7d
 def best_said(table: pd.DataFrame, pictures, captions) -> tuple[str, pd.DataFrame]:
     "(model, its test rows): the model that speaks best on validation (consensus), all trials of a picture together where there are several."
     table = table[table["n_averaged"] > 1] if (table["n_averaged"] > 1).any() else table
@@ -169,8 +169,8 @@ def said_sheet(rows: pd.DataFrame, pictures, captions, attributes) -> Html:
     for k, r in enumerate(rows.itertuples()):
         at = pictures.row(r.image); img = to_png_uri(np.asarray(pictures.load_image(r.image).resize((64, 64))))
         marks = "".join(f"<td>{'✓' if heard[a][k] == str(pictures.table[a][at]) else '·'}</td>" for a in columns)
-        out.append(f'<tr><td><img alt="seen" width="48" height="48" src="{img}"></td><td>{e(str(captions[at]))}</td><td>{e(str(r.said))}</td>{marks}</tr>')
-    return Html(f'<div class="wide"><table class="frame"><thead><tr><th>seen<th>true caption<th>what was said{"".join(f"<th>{e(a)}" for a in columns)}</tr></thead>{"".join(out)}</table></div><p class="note">All {len(rows)} in the order of their names, none chosen.</p>')
+        out.append(f'<tr><td><img alt="seen" width="48" height="48" src="{img}"></td><td style="white-space:normal">{e(str(captions[at]))}<br><b>{e(str(r.said).replace(" ,", ","))}</b></td>{marks}</tr>')
+    return Html(f'<div class="wide"><table class="frame"><thead><tr><th>seen<th>true caption, and what was said{"".join(f"<th>{e(a)}" for a in columns)}</tr></thead>{"".join(out)}</table></div><p class="note">All {len(rows)} in the order of their names, none chosen.</p>')
 
 def control_table(scores) -> pd.DataFrame:
     "A row a score, its control beside it."
