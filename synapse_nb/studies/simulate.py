@@ -42,6 +42,7 @@ class Preset:
     order: str = "random"                   # or "block": categories in blocks, so that drift tells the category
     # the response
     shares: tuple = (0.5, 0.3, 0.2)         # low, mid, semantic part of its variance
+    strength: tuple = ()                    # ((group or region, factor), ...): of components, times their moments
     modes: int = 2                          # patterns of a component, each with weights of its own
     mean: float = 1.0                       # response to any picture, in sd of the picture's part
     nonlinear: float = 0.3
@@ -95,11 +96,12 @@ class Preset:
 
 # %% ../../nbs/studies/21_simulate.ipynb #f2f030f3
 _HARD = dict(mean=1.0, white=(("meg", 5e-13), ("eeg", 6e-6)), subject_sd=.55, decline=.15, drift=.2, gain_sd=.4, lapse=.04, jitter=.005, jitter_early=.006, jitter_late=.02, adaptation=.15, session_noise=.04, eye=.15)
+_RAPID = _HARD | dict(eye=.02, jitter_late=.006, shares=(.4, .2, .4), strength=(("LO", 2.), ("FG", 1.7), ("late", .2)))      # five or ten pictures a second
 PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset(),
     Preset(name="meg", version="2", snr=.1411, modalities=("meg",), soa=1.5, soa_jitter=.2, duration=.5, n_meg=271, window=(-.1, 281, 200.), **_HARD),
-    Preset(name="eeg1", version="2", snr=.1445, modalities=("eeg",), soa=.1, soa_jitter=0., duration=.05, suppression=.8, window=(-.1, 275, 250.), **_HARD),
-    Preset(name="eeg2", version="2", snr=.1718, modalities=("eeg",), soa=.2, soa_jitter=0., duration=.1, window=(-.1, 250, 250.), **_HARD),
+    Preset(name="eeg1", version="3", snr=.185, modalities=("eeg",), soa=.1, soa_jitter=0., duration=.05, suppression=.8, window=(-.1, 275, 250.), **_RAPID),
+    Preset(name="eeg2", version="3", snr=.21, modalities=("eeg",), soa=.2, soa_jitter=0., duration=.1, window=(-.1, 250, 250.), **_RAPID),
     Preset(name="film", version="1", snr=.08, modalities=("meg",), soa=.0667, soa_jitter=0., duration=.0667, suppression=.8, **_HARD))}
 
 def get_preset(preset: str | Preset, **changes) -> Preset:
@@ -265,6 +267,7 @@ def make_person(preset: Preset, seed: int, subject: str, cov) -> Person:
     c, m, r = components(), preset.modes, rng(seed, subject, "person")
     n, g = len(c), int(preset.eye > 0)
     gain = np.exp(r.normal(0, preset.component_sd, n)) * np.exp(r.normal(0, preset.subject_sd)) * preset.snr
+    for name, v in preset.strength: gain = gain * np.where((c.group == name) | (c["name"].str.split().str[0] == name), v, 1.)
     rep = lambda v, gaze: np.r_[np.repeat(np.asarray(v, float), m), [gaze] * g]
     w = np.concatenate([_weights(preset, seed, subject, cov), *[_gaze_weights(cov)] * g])
     return Person(subject, w, rep(c.peak + r.normal(0, preset.latency_sd, n), .26), rep(c.width, .12), rep(c.frequency, 1.2), np.r_[np.tile(np.arange(m) * np.pi / 2, n), [0.0] * g],
