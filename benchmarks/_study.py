@@ -129,6 +129,36 @@ def four_electrodes(seed, n=1000):
     return float(roc_auc_score(y, cross_val_predict(LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"), x, y, method="decision_function")))
 
 
+# ------------------------------------------------------------------------------------------------ bounds
+def knows_more(seed, n=600, repeats=3):
+    "Top-1 of 200 of the genie, the encoding decoder and ridge on the same trials of one person of preset easy (60 sensors; every second person answers more weakly); `errors`: by how many standard errors (over pictures) each decoder is above the genie."
+    from synapse_nb.evaluate.ceiling import oracle, ranks
+    from synapse_nb.models.encoding import EncodingDecoder
+    from synapse_nb.studies.simulate import simulate_trials
+    d = simulate_trials("easy", n, seed, test_repeats=repeats, n_meg=60, snr=(1.6, .6)[seed % 2]); m, X, Xt, G, target = d["model"], d["X"], d["X_test"], d["gallery"], d["target"]
+    w = tuple(np.searchsorted(m.times, (.04, .6)).tolist())
+    e = EncodingDecoder(step=5, window=w, rounds=40).fit(X, d["z"], d["table"].concept.to_numpy())
+    means = lambda x: x[:, :, w[0]:w[1]][:, :, :(w[1] - w[0]) // 5 * 5].reshape(*x.shape[:2], -1, 5).mean(-1)
+    white = whitener(means(X)); short = lambda x: white(means(x)).reshape(len(x), -1)
+    zm = d["z"].mean(0); similar = dict(genie=oracle(m, Xt, d["plan_test"], np.arange(len(Xt)), G, d["known_test"]), encoding=e.log_likelihood(Xt, G),
+                                        ridge=unit(Ridge(short(X), d["z"] - zm)(short(Xt), .3)) @ unit(G - zm).T)
+    hit = {k: np.array([(ranks(s, target) < 1)[target == i].mean() for i in range(len(G))]) for k, s in similar.items()}
+    more = [hit[k] - hit["genie"] for k in ("encoding", "ridge")]
+    return {k: float(v.mean()) for k, v in hit.items()} | dict(errors=[float(v.mean() / max(v.std(ddof=1) / len(v)**.5, 1e-9)) for v in more])
+
+
+def without_signal(seed, n=200, n_test=60, draws=199):
+    "p of two-way identification by ridge when pictures are exchanged, in a study whose responses are zero (preset easy, 30 sensors at 100 Hz); ties broken at random, so that it can be uniform."
+    from synapse_nb.evaluate.ceiling import ranks
+    from synapse_nb.studies.simulate import simulate_trials
+    d, g = simulate_trials("easy", n, seed, n_test=n_test, test_repeats=2, snr=0., n_meg=30, window=(-.1, 60, 100.)), np.random.default_rng(seed)
+    flat = lambda x: (x[:, :, 10:50].reshape(len(x), x.shape[1], -1, 5).mean(-1).reshape(len(x), -1)); A, B = flat(d["X"]), flat(d["X_test"]); sd = A.std(0); zm = d["z"].mean(0)
+    similar = unit(Ridge(A / sd, d["z"] - zm)(B / sd, .3)) @ unit(d["gallery"] - zm).T
+    value = lambda t: ranks(similar, t).mean()
+    own, null = value(d["target"]), np.array([value(g.permutation(n_test)[d["target"]]) for _ in range(draws)])
+    return float(((null < own).sum() + g.uniform() * (1 + (null == own).sum())) / (draws + 1))
+
+
 # ------------------------------------------------------------------------------------------------ rows
 def networks(folder):
     "Best network of fidelity.py's finished cells on preset eeg2 (%), or None."

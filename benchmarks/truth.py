@@ -1,4 +1,4 @@
-"""What a score is worth: planted leaks named, false alarms, coverage of the intervals, false positives under drift. A table, and last one JSON line.
+"""What a score is worth: planted leaks named, false alarms, coverage of the intervals, false positives under drift, the genie bound, studies without signal. A table, and last one JSON line.
 
 --only calibration: the simulated study alone (half an hour on a free core; each finished person is kept in runs/truth, so that it can be continued).
 --quick: fewer studies (a minute on a free core; its rates are then only rough and judged with their Monte-Carlo error).
@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests"), str(Path(__file__).resolve().parent)]
 warnings.simplefilter("ignore")
-from _study import calibration  # noqa: E402
+from _study import calibration, knows_more, without_signal  # noqa: E402
 
 
 def row(what, ours, bar, holds, peer=None, ratio=None): return dict(what=what, ours=ours, peer=peer, ratio=ratio, bar=bar, holds=bool(holds))
@@ -51,7 +51,20 @@ def intervals(quick):
         yield row(f"called significant without effect, {case.__name__.removeprefix('null_').replace('_', ' ')} (%)", round(v, 1), "5 ± 1.5" if case is not null_cross_auc else "<= 6.5", v <= 5 + slack and low)
 
 
-PARTS = [leaks, false_alarms, intervals, calibration]
+def bound(quick):
+    "Nobody knows more than the genie; where there is no signal, every p is as likely as another."
+    from scipy.stats import kstest
+    n = 2 if quick else 20
+    over = [knows_more(seed) for seed in range(n)]
+    best = max(over, key=lambda o: o["encoding"])
+    yield row(f"decoders above the genie by 3 standard errors, {n} people x (encoding, ridge), preset easy", sum(v > 3 for o in over for v in o["errors"]), "= 0", all(v <= 3 for o in over for v in o["errors"]))
+    print(f"  top-1, mean over people: genie {sum(o['genie'] for o in over) / n:.3f}, encoding {sum(o['encoding'] for o in over) / n:.3f} (most {best['encoding']:.3f} where the genie has {best['genie']:.3f}), ridge {sum(o['ridge'] for o in over) / n:.3f}", flush=True)
+    n = 20 if quick else 200
+    p = [without_signal(seed) for seed in range(n)]; test = kstest(p, "uniform").pvalue
+    yield row(f"{n} studies without signal: p of ridge is uniform (Kolmogorov-Smirnov p; {sum(v <= .05 for v in p)} at .05 or less)", round(float(test), 3), ">= 0.01", test >= .01)
+
+
+PARTS = [leaks, false_alarms, intervals, bound, calibration]
 
 
 def main():

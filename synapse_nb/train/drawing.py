@@ -33,8 +33,8 @@ class DrawConf(Recipe):
     encoder: str = ""
     n_per_category: int = 800
     codec: TrainConf = TrainConf(n_epochs=4, batch_size=64, lr=2e-3)
-    painter: TrainConf = TrainConf(n_epochs=7, batch_size=64, lr=2e-3, weight_decay=0.01)
-    judge: TrainConf = TrainConf(n_epochs=7, batch_size=64, lr=2e-3)
+    painter: TrainConf = TrainConf(n_epochs=8, batch_size=64, lr=2e-3, weight_decay=0.01)
+    judge: TrainConf = TrainConf(n_epochs=5, batch_size=64, lr=2e-3)
     noise_aug: float = 1.0
     size: str = "small"
     n_steps: int = 20
