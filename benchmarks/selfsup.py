@@ -4,7 +4,8 @@
 
 1. speed: CPU time of one thread, forward + backward, `paper` preset, 262 tokens, batch 4. ABBA pairs, bootstrap interval of the median ratio; judged by the interval's bad end.
 2. masked: windows of a simulated film (22 posterior MEG sensors x 208 samples at 1000 Hz, 2-120 Hz), three quarters hidden in blocks of 16 ms or more; the network alone, and with the linear answer inside
-   (`linear=True`), against every polynomial and the Wiener interpolator on the same hidden samples of the same sensors. Intervals: bootstrap over test windows (one training run).
+   (`linear=True`), against every polynomial and the Wiener interpolator on the same hidden samples of the same sensors; and what the network adds to that linear answer, which is the untrained model, after
+   few steps and after as many as the network alone had. Intervals: bootstrap over test windows, paired (one training run).
 3. probes: per seed one simulated person (preset `easy`, 40 posterior MEG sensors x 60 samples), 20,000 windows without labels, then 200 labels of 4 categories; linear probe of the frozen encoder against the same net
    trained from scratch with the same labels (its best epoch by validation). Means over 3 seeds and 3 draws of labels, tested on pictures of unseen concepts; interval: bootstrap over
    people and draws. `scaled`: the same on channels that are scaled but not whitened; `heldout`: pre-trained on four people, asked about a fifth. Both are printed only.
@@ -185,15 +186,17 @@ def masked(quick, out):
 
     def fill(m):
         with torch.inference_mode(): return np.concatenate([m.eval().reconstruct(a, b).numpy() for a, b in zip(torch.from_numpy(T).split(50), mask.split(50))])
-    for name, linear, k, lr in (("network alone", False, steps, 1e-3), ("linear answer inside", True, plus, 5e-4)):
+    for name, linear, k, lr in (("network alone", False, steps, 1e-3), ("linear answer inside", True, plus, 5e-4), ("linear answer inside, as many steps as alone", True, steps, 5e-4)):
         file = out / f"masked-{'linear' if linear else 'alone'}-{k}.npz"
         if not file.exists():
             set_seed(0); m = MAE(22, 208, 4, preset="small", mask="block", min_len=4, linear=linear, out_init=0.).fit_linear(X[:2000]); t = CPU(); train(m, mae_step, X, k, lr, 64, .1); np.savez(file, sums=sums(fill(m), T, hidden), cpu=CPU() - t)
         s, cpu = np.load(file).values()
         mine, wiener, poly = r2(s), r2(S["wiener"]), r2(S[best]); ratio = [r2(s, i) / r2(S["wiener"], i) for i in draws]; low, high = np.quantile(ratio, [.025, .975]); gap = np.quantile([r2(s, i) - r2(S[best], i) for i in draws], .025)
+        if linear: more = np.quantile([r2(s, i) - r2(S["wiener"], i) for i in draws], [.025, .975])
         text = f"R2 {mine:.4f} after {k} steps of 64 ({cpu:.0f} s CPU)"
         yield row(f"masked R2, small preset, {name}, above every polynomial", mine, poly, None, None, "intervals apart", gap > 0, f"{text}; best polynomial ({best}) {poly:.3f}, difference at least {gap:.3f}")
         yield row(f"masked R2, small preset, {name}, of the Wiener interpolator's", mine, wiener, mine / wiener, [low, high], ">= 0.95", mine / wiener >= .95, f"{mine:.4f} / {wiener:.4f} = {mine / wiener:.3f} [{low:.3f}, {high:.3f}]{', above it' if low > 1 else ''}")
+        if linear: yield row(f"masked R2, small preset, {name}: what {k} steps of the network add to the linear answer alone", mine, wiener, mine - wiener, more.tolist(), None, None, f"{mine:.4f} - {wiener:.4f} = {mine - wiener:+.4f} [{more[0]:+.4f}, {more[1]:+.4f}], paired over {n_test} windows")
 
 
 # ---- 3. probes, 4. matching --------------------------------------------------------------------------------------------------------------------------------------------------
