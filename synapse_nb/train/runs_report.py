@@ -42,7 +42,7 @@ def paired_runs(predictions: dict) -> pd.DataFrame:
     for (a, pa), (b, pb) in combinations(predictions.items(), 2):
         keys = ["modality", "trials"]; ours = [p[(p["side"] == "test") & ~p["model"].isin(list_baselines())] for p in (pa, pb)]
         for key in sorted(set(map(tuple, ours[0][keys].to_numpy())) & set(map(tuple, ours[1][keys].to_numpy()))):
-            x, y = (p[(p[keys] == key).all(axis=1)] for p in ours)
+            x, y = (p[(p[keys] == list(key)).all(axis=1)] for p in ours)
             common = x.merge(y[["subject", "fold", "trial_id"]], on=["subject", "fold", "trial_id"])
             if len(common) and set(c for c in x if c.startswith("p_")) == set(c for c in y if c.startswith("p_")):
                 rows.append(dict(run=a, against=b, modality=key[0], trials=key[1], n=len(common), of=max(len(x), len(y)), **_paired(common, y).model_dump()))
