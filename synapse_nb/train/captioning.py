@@ -162,15 +162,15 @@ def best_said(table: pd.DataFrame, pictures, captions) -> tuple[str, pd.DataFram
     model = max(told, key=told.get) if told else table["model"].iloc[0]
     return model, table[(table["side"] == "test") & (table["model"] == model)].sort_values(["image", "trial_id"])
 
-def said_sheet(rows: pd.DataFrame, pictures, captions, attributes) -> Html:
-    "What was seen, its caption and what was said, row by row; ✓ for each attribute that was said right."
-    e, out, columns = _html.escape, [], [a for a in attributes if a in pictures.table]
+def said_sheet(rows: pd.DataFrame, pictures, captions, attributes, n: int = 60) -> Html:
+    "What was seen, its caption and what was said, for the first `n` rows; ✓ for each attribute that was said right."
+    e, out, columns, total, rows = _html.escape, [], [a for a in attributes if a in pictures.table], len(rows), rows.iloc[:n]
     heard = {a: named(rows["said"], pictures.table[a].unique()) for a in columns}
     for k, r in enumerate(rows.itertuples()):
         at = pictures.row(r.image); img = to_png_uri(np.asarray(pictures.load_image(r.image).resize((64, 64))))
         marks = "".join(f"<td>{'✓' if heard[a][k] == str(pictures.table[a][at]) else '·'}</td>" for a in columns)
         out.append(f'<tr><td><img alt="seen" width="48" height="48" src="{img}"></td><td style="white-space:normal">{e(str(captions[at]))}<br><b>{e(str(r.said).replace(" ,", ","))}</b></td>{marks}</tr>')
-    return Html(f'<div class="wide"><table class="frame"><thead><tr><th>seen<th>true caption, and what was said{"".join(f"<th>{e(a)}" for a in columns)}</tr></thead>{"".join(out)}</table></div><p class="note">All {len(rows)} in the order of their names, none chosen.</p>')
+    return Html(f'<div class="wide"><table class="frame"><thead><tr><th>seen<th>true caption, and what was said{"".join(f"<th>{e(a)}" for a in columns)}</tr></thead>{"".join(out)}</table></div><p class="note">{len(rows)} of {total}, in the order of their names, none chosen.</p>')
 
 def control_table(scores) -> pd.DataFrame:
     "A row a score, its control beside it."
@@ -183,7 +183,7 @@ def caption_report(conf: CaptionConf, table: pd.DataFrame, scores, histories, pi
     for s in scores[::2]:
         if s.model.startswith(f"{model} (") and (s.protocol.unit != "single") == (n > 1) and s.metric in (*conf.attributes, "top_5") and len(report.cards) < 5: report.headline(s, f"{s.metric.replace('_', ' ')}, {s.model}, {s.protocol.unit}")
     how = f"up to {n} trials of each picture, from every person and modality, say one sentence together" if n > 1 else "single trials"
-    report.section("What the model said", f"{model}, the best on validation pictures; {how}. Much of a sentence is habit: believe it as far as the next table lets you.", said_sheet(rows.iloc[:60], pictures, captions, conf.attributes))
+    report.section("What the model said", f"{model}, the best on validation pictures; {how}. Much of a sentence is habit: believe it as far as the next table lets you.", said_sheet(rows, pictures, captions, conf.attributes))
     report.section("What came from the brain", "Share of sentences that name the right value and no other; consensus (0 to 10); right caption among the first 1 or 5. The control: the same sentences held against every other test picture.", control_table(scores))
     people = [folded(f"sub-{who}", control_table(caption_scores(r, conf, pictures, captions, subject=who))) for who, r in table[table["subject"] != "all"].groupby("subject")]
     if len(people) > 1: report.section("Each person", "Single trials.", *people)
