@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KINDS', 'CEILING_WORDS', 'RUNNERS', 'SimulateConf', 'PrepareConf', 'DrawRunConf', 'load_recipe', 'alignment_section',
            'evoked_section', 'confusion_section', 'pictures_section', 'when_section', 'curve_section', 'scores_of',
-           'ceiling_curve', 'ceilings_of', 'ceiling_section', 'people_section', 'refused_section', 'print_scores',
-           'save_table', 'read_saved', 'decode_report', 'versus_section', 'decode_cards', 'people_by_pictures',
-           'match_report', 'retrieval_section', 'sheet_section', 'delta_s_eff', 'pairs_section', 'match_curve_section',
-           'drawing_section', 'resolve_runs', 'run_conf', 'run_recipe', 'dry', 'run_prepare']
+           'ceiling_curve', 'controls_section', 'ceilings_of', 'ceiling_section', 'people_section', 'refused_section',
+           'print_scores', 'save_table', 'read_saved', 'decode_report', 'versus_section', 'decode_cards',
+           'people_by_pictures', 'match_report', 'retrieval_section', 'sheet_section', 'delta_s_eff', 'pairs_section',
+           'match_curve_section', 'drawing_section', 'resolve_runs', 'run_conf', 'run_recipe', 'dry', 'run_prepare']
 
 # %% ../../nbs/train/80_recipes.ipynb #5598f61e
 import tempfile
@@ -35,7 +35,7 @@ from ..studies.study import get_study
 from ..stimuli.images import CATEGORIES
 from .callbacks import FirstStep, SayBatch, keep_states, tracked
 from .captioning import CaptionConf, caption, caption_report, caption_scores, picture_captions
-from .decoding import DecodeConf, common_channels, decode, decode_scores, network_against_baselines, probability_scores, training_curve, when_decoded
+from .decoding import DecodeConf, common_channels, decode, decode_controls, decode_scores, network_against_baselines, probability_scores, training_curve, when_decoded
 from .drawing import DrawConf, draw, draw_scores, train_judge, train_painter
 from .matching import ClipConf, MatchConf, PretrainConf, _vectors, fuse, match, match_scores, person_sides, picture_vectors, pretrain, pretrain_report, subjects_of, train_clip
 from .loop import ALWAYS
@@ -170,6 +170,17 @@ def ceiling_curve(ceilings: dict, modality: str, metric: str):
     if not own: return {}, None
     return {n: float(np.mean([ceiling_value(metric, c, n) for c in own])) for n in sorted(set.intersection(*(set(c.attainable) for c in own)))}, float(np.mean([ceiling_value(metric, c) for c in own]))
 
+def controls_section(report: Report, ready: Prepared, splits: dict, conf) -> None:
+    "What should fail, for each modality."
+    tables = [decode_controls(ready, splits, conf, m).assign(modality=m) for m in ready.stores]
+    t = pd.concat([t for t in tables if len(t)]) if any(map(len, tables)) else None
+    if t is None: return
+    wrong = t[(t["expected"] == "chance") & (t["ci_low"] > t["chance"]) & (t["p"] < 0.01)]
+    words = "".join(f" Look at {r.modality}, ‘{r.control}’: {r.score:.3f} [{r.ci_low:.3f}, {r.ci_high:.3f}] is above chance, so something else than what was on the screen tells the label (order, drift, or a leak)." for r in wrong.itertuples())
+    shown = pd.DataFrame(dict(modality=t["modality"], control=t["control"], n=t["n"], score=[f"{a:.3f} [{b:.3f}, {c:.3f}]" for a, b, c in zip(t["score"], t["ci_low"], t["ci_high"])], chance=t["chance"].round(3), p=["< 0.001" if p < .001 else f"{p:.3f}" for p in t["p"]], expected=t["expected"]))
+    report.section("What should fail", "The same shrinkage LDA, trials and split, with one thing broken." + (words or " Nothing is found where nothing should be."), shown)
+
+
 # %% ../../nbs/train/80_recipes.ipynb #e5e87177
 def ceilings_of(ready: Prepared, conf, least: int = 100) -> dict:
     "Ceilings of everything that a run on a simulated study scores (see `every_ceiling`); {} where the truth is not there, the question is not the category or the picture, or fewer than `least` trials train."
@@ -262,7 +273,7 @@ def decode_report(conf: DecodeConf, ready: Prepared, done, scores, ceilings: dic
     people_section(report, scores, people_by_pictures(done, scores)); ceiling_section(report, scores, ceilings)
     versus = network_against_baselines(done, conf, every=True)
     if len(versus): versus_section(report, versus, scores_of(scores))
-    if conf.baselines and conf.linear: curve_section(report, ready, done, conf, scores, ceilings); when_section(report, ready, done.splits, conf)           # who wants no linear decoder gets none
+    if conf.baselines and conf.linear: curve_section(report, ready, done, conf, scores, ceilings); when_section(report, ready, done.splits, conf); controls_section(report, ready, done.splits, conf)           # who wants no linear decoder gets none
     if sure := probability_scores(done, conf): report.section("Can the stated probabilities be believed?", "Test trials. Log loss in nats; ‘ece’: expected calibration error, whose ‘chance’ is what a calibrated model would show at this n.", sure)
     refused_section(report, ready, done.skipped); pictures_section(report, ready.study); alignment_section(report, ready); evoked_section(report, ready, conf); confusion_section(report, done.predictions)
     report.section("Training", plot_losses(dict(list(done.histories.items())[:6])))
