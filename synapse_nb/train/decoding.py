@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import t as student
 
 from ..config import Config, no_id
 from ..core import SynapseError, log, rng, set_seed
@@ -324,29 +325,41 @@ def _label_before(w: Windows) -> np.ndarray:
     by = [c for c in ("session", "run") if c in e]
     return e.sort_values("onset").groupby(by, dropna=False)["_y"].shift(1).sort_index().fillna(-1).astype(int).to_numpy()
 
-def _controls(w: Windows, sides: dict, seed: int):
+def _controls(w: Windows, sides: dict, seed: int, n_shuffles: int):
     "(name, windows, training labels, test labels) for each control; a label of -1 leaves its trial out."
     before = dict(zip(w.events["trial_id"], _label_before(w)))
     (X, y), (Xt, yt) = (sides[s].arrays() for s in ("train", "test")); last, last_t = (sides[s].events["trial_id"].map(before).to_numpy() for s in ("train", "test"))
-    mixed = pd.Series(y).groupby(sides["train"].events["run"].to_numpy()).transform(lambda v: rng(seed, "controls").permutation(v)).to_numpy()
+    run, shuffled = sides["train"].events["run"].to_numpy(), rng(seed, "controls")
     eyes = [i for i, name in enumerate(w.ch_names) if name in EYES]
-    yield from (("as it is", X, Xt, y, yt), ("labels shuffled in each run", X, Xt, mixed, yt), ("trained on the label before", X, Xt, last, yt), ("the picture before", X, Xt, last, last_t))
+    yield from (("as it is", X, Xt, y, yt), *((f"shuffled {k}", X, Xt, pd.Series(y).groupby(run).transform(shuffled.permutation).to_numpy(), yt) for k in range(n_shuffles)), ("trained on the label before", X, Xt, last, yt), ("the picture before", X, Xt, last, last_t))
     if len(eyes) > 1: yield "electrodes at the eyes alone", X[:, eyes], Xt[:, eyes], y, yt
 
-# %% ../../nbs/train/76_decoding.ipynb #30866222
-def decode_controls(prepared: Prepared, splits: dict, conf: DecodeConf, modality: str) -> pd.DataFrame:
-    "Shrinkage LDA with one thing broken (`control`): n, score with interval, chance and p on the test trials of all splits, and what is to be `expected`. `splits`: those of `Decoded`."
-    rows = []
+# %% ../../nbs/train/76_decoding.ipynb #3b20c2da
+def _against_shuffled(value: float, shuffled: list, chance: float) -> float:
+    "p of a decoder on wrong labels: `value` as one more draw of what the `shuffled` ones gave; NaN: the shuffled ones themselves, their mean against chance."
+    m, sd, k = np.mean(shuffled), max(np.std(shuffled, ddof=1), 1e-9), len(shuffled)
+    return float(student.sf((m - chance) / sd * k**0.5 if np.isnan(value) else (value - m) / sd / (1 + 1 / k)**0.5, k - 1))
+
+def decode_controls(prepared: Prepared, splits: dict, conf: DecodeConf, modality: str, n_shuffles: int = 8) -> pd.DataFrame:
+    """Shrinkage LDA with one thing broken (`control`): n, score with interval, chance and p on the test trials of all splits, and what is `expected`. `splits`: those of `Decoded`.
+
+    Of `n_shuffles` shuffles the mean, and the least and the largest as interval; p of what is expected at chance is that beside the shuffles' spread."""
+    rows, out = [], {}
     for fold, (who, split, w) in enumerate(_each_split(prepared, splits, conf, modality)):
         sides = _sides(split, w)
         if not {"train", "test"} <= set(sides): continue
-        for name, X, Xt, y, yt in _controls(w, sides, conf.seed):
+        for name, X, Xt, y, yt in _controls(w, sides, conf.seed, n_shuffles):
             keep, keep_t = y >= 0, yt >= 0
             if len(np.unique(y[keep])) < len(w.classes) or not keep_t.any(): continue
             p = fit_baseline("lda", X[keep], y[keep], sfreq=w.sfreq, bin=8).predict_proba(Xt[keep_t])
             rows.append(predictions(sides["test"].events[keep_t], p, yt[keep_t], w.classes, control=name, fold=fold))
-    out = []
     for name, part in pd.concat(rows).groupby("control", sort=False) if rows else ():
-        s = score_group(part, Protocol(task=f"category:{len(_classes(part))}"), conf.seed)
-        out.append(dict(control=name, n=s.n, score=s.value, ci_low=s.ci_low, ci_high=s.ci_high, chance=s.chance, p=s.p, expected="chance" if name.startswith(("labels", "trained")) else "told"))
-    return pd.DataFrame(out)
+        s = score_group(part, Protocol(task=f"category:{len(_classes(part))}"), conf.seed, **(dict(n_perm=1) if name.startswith("shuffled") else {}))
+        out[name] = dict(control=name, n=s.n, score=s.value, ci_low=s.ci_low, ci_high=s.ci_high, chance=s.chance, p=s.p, expected="told")
+    draws = [out.pop(k)["score"] for k in list(out) if k.startswith("shuffled")]
+    if len(draws) < 2: return pd.DataFrame(out.values())
+    own = out["as it is"]; wrong = dict(own, control="labels shuffled in each run", score=np.mean(draws), ci_low=min(draws), ci_high=max(draws), p=_against_shuffled(np.nan, draws, own["chance"]), expected="chance")
+    if "trained on the label before" in out: out["trained on the label before"] |= dict(p=_against_shuffled(out["trained on the label before"]["score"], draws, own["chance"]), expected="chance")
+    return pd.DataFrame([own, wrong, *(v for k, v in out.items() if k != "as it is")])
+
+
