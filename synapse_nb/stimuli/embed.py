@@ -110,7 +110,7 @@ def make_tiny_clip(captions, folder, seed: int = 0, image_size: int = 64, patch_
     "Write a small untrained CLIP, with a tokenizer that knows `captions`, to `folder` in transformers' format; load it with `load_clip(folder)`. Returns the folder."
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
     tok = make_tokenizer(captions)
-    net = dict(hidden_size=d_model, intermediate_size=3 * d_model, num_hidden_layers=n_layers, num_attention_heads=d_model // 32, hidden_act="gelu")           # transformers' default is not one kernel: a third of the time
+    net = dict(hidden_size=d_model, intermediate_size=3 * d_model, num_hidden_layers=n_layers, num_attention_heads=d_model // 32)
     text = dict(net, num_hidden_layers=2, vocab_size=len(tok), max_position_embeddings=32, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     config = CLIPConfig(text_config=text, vision_config=dict(net, image_size=image_size, patch_size=patch_size), projection_dim=embed_dim)
     with torch.random.fork_rng(devices=[]):
