@@ -107,6 +107,7 @@ FORCE = ("--force", dict(action="store_true", help="do it again even when it is 
 SET = ("--set", dict(action="append", default=[], metavar="A.B=C", help="override a key of the recipe"))
 OUT = ("--out", dict(default="runs", help="folder for what is made (default: runs)"))
 
+# %% ../../nbs/apps/93_cli.ipynb #e3df66f9
 def make_parser() -> argparse.ArgumentParser:
     "The whole command line."
     parser = argparse.ArgumentParser("synapse", description="From MEG and EEG of people looking at pictures and films to what they saw.")

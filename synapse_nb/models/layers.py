@@ -186,6 +186,7 @@ def _gather_nodes(nodes, table):
     i = table.expand(nodes.shape[0], *table.shape[-2:]).flatten(1)[..., None].expand(-1, -1, nodes.shape[2] * nodes.shape[3])
     return nodes.flatten(2).gather(1, i).view(nodes.shape[0], *table.shape[-2:], *nodes.shape[2:])
 
+# %% ../../nbs/models/41_layers.ipynb #cf802185
 class GATv2(nn.Module):
     """Dense graph attention: nodes `(batch, n, d_in)` -> `(batch, n, n_heads * d_out)` (or `d_out`, the mean over heads, with `concat=False`).
 

@@ -47,6 +47,7 @@ def on_pulses(onset, pulses, furthest: float = .2) -> np.ndarray | None:
     good = abs(lag) <= min(furthest, gap/10) and len(set(k[on].tolist())) == on.sum() and (on.all() or on.mean() >= .9 and on.sum() > 2)
     return np.where(on, at[k], onset + lag) if good else None
 
+# %% ../../nbs/studies/27_prepare.ipynb #2dc53574
 def _kept_clock(out: pd.DataFrame, pulses: dict, refused: dict) -> tuple[pd.DataFrame, dict] | None:
     "Onsets moved onto the pulses on which they lie already, where the alignment could not tell."
     for kind in ("photodiode", "digital"):

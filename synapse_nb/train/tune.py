@@ -184,24 +184,6 @@ def _give_back():
     return GiveBack()
 
 # %% ../../nbs/train/82_tune.ipynb #d9223adc
-def search(recipe, space, n_trials: int = 8, out="runs", overrides=(), cpus: float = 1, gpus: float = 0, ranks: int = 1, concurrent: int = 0, seed: int = 0) -> pd.DataFrame:
-    """Search `space` (a file) around `recipe`; returns the trials, best first, and writes `trials.tsv` and `best.toml` to `<out>/<recipe>-tune`. The same call again goes on where it stopped.
-
-    `cpus`, `gpus`: of each trial (fractions share a GPU); `ranks`: of each trial, each with so many. Raises `SynapseError` without Ray, or when every trial failed."""
-    ray, conf = need_ray(), load_space(space)
-    base = load_recipe(recipe, overrides)
-    folder = Path(out)/f"{base.name}-tune"
-    spec = {"cwd": os.getcwd(), "recipe": str(recipe), "set": list(overrides), "out": str(out), "folder": str(folder), "metric": conf.metric, "mode": conf.better, "scheduler": conf.scheduler,
-            "subset": conf.subset, "ranks": ranks, "cpus": cpus, "gpus": gpus}
-    for k in conf.space: load_recipe(recipe, [*overrides, *as_overrides({k: _first(conf.space[k])})])           # a key that does not exist is told now, not by every trial
-    write_text(folder/"space.toml", to_toml(conf))
-    started = not ray.is_initialized()
-    if started: ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False, object_store_memory=200_000_000)
-    try: results = _not_swallowed(_tuner(conf, spec, n_trials, folder, concurrent, seed).fit)
-    finally: started and ray.shutdown()
-    table = _table(results, conf)
-    return _write(table, conf, recipe, overrides, folder)
-
 def _not_swallowed(fit):
     "`fit()` of a tuner. A Ctrl-C makes it save and return as if nothing had happened: raise it again. (Its handler puts the old one back when it is called, and else stays.)"
     if threading.current_thread() is not threading.main_thread(): return fit()
@@ -234,6 +216,25 @@ def _side_by_side(spec: dict) -> int:
     from ray import cluster_resources
     there = cluster_resources()
     return max(1, int(min(there.get(k, 0) / (n * spec["ranks"]) for k, n in (("CPU", spec["cpus"]), ("GPU", spec["gpus"])) if n)))
+
+# %% ../../nbs/train/82_tune.ipynb #953f3f50
+def search(recipe, space, n_trials: int = 8, out="runs", overrides=(), cpus: float = 1, gpus: float = 0, ranks: int = 1, concurrent: int = 0, seed: int = 0) -> pd.DataFrame:
+    """Search `space` (a file) around `recipe`; returns the trials, best first, and writes `trials.tsv` and `best.toml` to `<out>/<recipe>-tune`. The same call again goes on where it stopped.
+
+    `cpus`, `gpus`: of each trial (fractions share a GPU); `ranks`: of each trial, each with so many. Raises `SynapseError` without Ray, or when every trial failed."""
+    ray, conf = need_ray(), load_space(space)
+    base = load_recipe(recipe, overrides)
+    folder = Path(out)/f"{base.name}-tune"
+    spec = {"cwd": os.getcwd(), "recipe": str(recipe), "set": list(overrides), "out": str(out), "folder": str(folder), "metric": conf.metric, "mode": conf.better, "scheduler": conf.scheduler,
+            "subset": conf.subset, "ranks": ranks, "cpus": cpus, "gpus": gpus}
+    for k in conf.space: load_recipe(recipe, [*overrides, *as_overrides({k: _first(conf.space[k])})])           # a key that does not exist is told now, not by every trial
+    write_text(folder/"space.toml", to_toml(conf))
+    started = not ray.is_initialized()
+    if started: ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False, object_store_memory=200_000_000)
+    try: results = _not_swallowed(_tuner(conf, spec, n_trials, folder, concurrent, seed).fit)
+    finally: started and ray.shutdown()
+    table = _table(results, conf)
+    return _write(table, conf, recipe, overrides, folder)
 
 # %% ../../nbs/train/82_tune.ipynb #11ad47f6
 def _table(results, conf: SpaceConf) -> pd.DataFrame:
